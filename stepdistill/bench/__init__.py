@@ -1,0 +1,1 @@
+"""Floor 4: how many steps do I need?"""

@@ -1,0 +1,70 @@
+"""The command line, `stepdistill` or `python -m stepdistill.cli`. Each command imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from .config import fail
+from .errors import InputError
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs a command. Exits with 2 for bad input and with 1 for an export that does not load back as it was trained."""
+    options = vars(_parser().parse_args(arguments))
+    command = options.pop("command")
+    try:
+        command(options)
+    except InputError as error:
+        fail(error)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="stepdistill", description="Few-step diffusion models by distillation.", allow_abbrev=False
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    export = commands.add_parser(
+        "export", help="write the adapter, scheduler, facts and model card of a run", description=export_command.__doc__,
+        allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    export.set_defaults(command=export_command)
+    export.add_argument("run", metavar="RUN", help="run folder: the --output_dir of a training")
+    export.add_argument("--output_dir", metavar="DIR", help="where to write (default: RUN)")
+    export.add_argument("--checkpoint", default="latest", metavar="WHICH", help="latest (default), a step, or a folder")
+    export.add_argument("--teacher.path", metavar="PATH", help="base model, where it has moved since the training")
+    export.add_argument(
+        "--export.dtype", choices=("fp32", "fp16", "bf16"), help="of the saved weights (default: the run's)"
+    )
+    export.add_argument(
+        "--export.verify", choices=("shared", "full", "none"), help="how it is checked (default: the run's)"
+    )
+    return parser
+
+
+def export_command(options: dict[str, Any]) -> None:
+    """Rebuilds the student of a run from its config.yaml and a checkpoint, and writes what stock Diffusers loads.
+
+    The result is loaded back and compared; a difference is an error, and nothing is written over then.
+    """
+    from .export.rerun import export_run
+    from .export.verify import ExportError
+
+    def section(name: str) -> dict[str, Any]:
+        given = {key.removeprefix(f"{name}."): value for key, value in options.items() if key.startswith(f"{name}.")}
+        return {key: value for key, value in given.items() if value is not None}
+
+    try:
+        folder = export_run(
+            options["run"], options["output_dir"], options["checkpoint"], section("teacher"), section("export")
+        )
+    except ExportError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    print(f"exported to {folder}")
+
+
+if __name__ == "__main__":
+    main()

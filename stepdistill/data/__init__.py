@@ -1,0 +1,1 @@
+"""Floor 1: which samples, in which order, as which tensors."""

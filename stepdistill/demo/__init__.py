@@ -1,0 +1,1 @@
+"""The embedded default: a small captioned world drawn by code, so that every recipe runs without a download."""

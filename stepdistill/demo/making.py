@@ -1,0 +1,96 @@
+"""The demo teacher's stages in order, each a resumable run of its own that ends with a check: judge, text, autoencoder, UNet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..bench.judge import Judge
+from ..data.images import DataConfig, open_images
+from ..data.latents import cache_latents
+from ..families.unet import StableDiffusion, UNet
+from ..method import Method
+from ..methods.denoising import Denoising, DenoisingConfig
+from ..training.config import TrainConfig
+from ..training.trainer import Trainer
+from . import stages, teacher
+from .world import TEST_SEED, TRAIN_SEED, World
+
+CHECKED = 2000  # images or captions of the test seed in each stage's check
+
+
+def made(seed: int, build: Callable[[], Any]) -> Any:
+    """What `build` returns, its weights initialised from `seed`; the global generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build()
+
+
+def _fit(config: TrainConfig, folder: Path, method: Method, data: Any) -> None:
+    Trainer(config, folder).fit(method, data)
+    for network in method.networks().values():
+        network.module.requires_grad_(False).eval()
+
+
+def make_judge(config: TrainConfig, folder: Path, images: int) -> Judge:
+    """The judge, trained and written to `folder`; prints its accuracy on clean renders."""
+    judge: Judge = made(config.seed, teacher.judge)
+    _fit(config, folder, stages.Judging(stages.JudgingConfig(), judge), stages.WorldPixels(World(TRAIN_SEED), images))
+    test = World(TEST_SEED)
+    scores = stages.attribute_accuracy(judge, test.pixels(range(CHECKED)), test.labels(range(CHECKED)))
+    print(f"judge on {CHECKED} clean renders: {_shown(scores)}")
+    judge.save(folder)
+    return judge
+
+
+def make_text(config: TrainConfig, folder: Path, captions: int) -> Any:
+    """The text model, trained and written to `folder`; prints how many captions it reads."""
+    tokenizer = teacher.tokenizer()
+    text = made(config.seed, lambda: teacher.text_model(tokenizer))
+    method = made(config.seed + 1, lambda: stages.TextNaming(stages.TextNamingConfig(), text, tokenizer))
+    _fit(config, folder, method, stages.WorldCaptions(World(TRAIN_SEED), captions, tokenizer))
+    test = stages.WorldCaptions(World(TEST_SEED), CHECKED, tokenizer)
+    extra = test.batch(range(CHECKED), None).extra  # type: ignore[arg-type]  # no randomness in captions
+    accuracy = stages.text_accuracy(method.student.module, extra["input_ids"], extra["labels"])
+    print(f"text model names all attributes of {accuracy:.2%} of {CHECKED} captions")
+    text.save_pretrained(folder / "text_encoder")
+    return text
+
+
+def make_autoencoder(config: TrainConfig, folder: Path, images: int, judge: Judge) -> Any:
+    """The autoencoder, trained and written to `folder`; prints what the judge reads in its reconstructions."""
+    vae = made(config.seed, teacher.autoencoder)
+    pixels = stages.WorldPixels(World(TRAIN_SEED), images)
+    _fit(config, folder, stages.Autoencoding(stages.AutoencodingConfig(), vae), pixels)
+    test = World(TEST_SEED)
+    stages.set_scaling_factor(vae, World(TRAIN_SEED).pixels(range(CHECKED)))
+    scores = stages.reconstruction_accuracy(judge, vae, test.pixels(range(CHECKED)), test.labels(range(CHECKED)))
+    print(f"judge on {CHECKED} reconstructions: {_shown(scores)}; scaling factor {vae.config.scaling_factor:.4f}")
+    vae.save_pretrained(folder / "vae")
+    return vae
+
+
+def make_unet(config: TrainConfig, folder: Path, images: int, text: nn.Module, vae: nn.Module) -> Any:
+    """The denoiser on the other stages' latents and embeddings."""
+    from diffusers import StableDiffusionPipeline
+
+    unet = made(config.seed, teacher.unet)
+    parts = StableDiffusionPipeline(
+        vae=vae, text_encoder=text, tokenizer=teacher.tokenizer(), unet=unet, scheduler=teacher.scheduler(),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    model = StableDiffusion(parts, "demo")
+    source = open_images(DataConfig(path="demo", demo_images=images))
+    data = cache_latents(model, source, model.resolution, folder / "cache", batch_size=100)
+    student = UNet(unet.requires_grad_(True).train(), model.denoiser.table, "v")
+    _fit(config, folder, Denoising(DenoisingConfig(), student), data)
+    unet.save_pretrained(folder / "unet")
+    return unet
+
+
+def _shown(scores: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4f}" for name, value in scores.items())

@@ -1,0 +1,215 @@
+"""The demo teacher's parts: a Stable Diffusion checkpoint (arXiv 2112.10752) that a CPU can train, for the demo world.
+
+Stock classes throughout, so that what holds for it holds for a real checkpoint: CLIPTokenizer, CLIPTextModel,
+AutoencoderKL with f = 8, UNet2DConditionModel in v-prediction (arXiv 2202.00512) with zero terminal SNR (arXiv
+2305.08891): the first step starts at pure noise and is well posed, so one step is a fair question to ask. The stages
+that train them are in `.stages`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..bench.judge import Judge
+from .world import ATTRIBUTES, vocabulary
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+MAX_TOKENS = 24  # the longest caption has 17 words; two more tokens frame it
+TEXT_WIDTH = 64
+LATENT_CHANNELS = 4
+START, END, UNKNOWN = (
+    "<|startoftext|>",
+    "<|endoftext|>",
+    "<|unknown|>",
+)  # END is not id 2, which CLIPTextModel takes for legacy
+WORD_END = "</w>"
+
+
+def merge_rules(words: Sequence[str]) -> list[tuple[str, str]]:
+    """Byte-pair merges (arXiv 1508.07909), in rank order, that turn each of the words into one token.
+
+    Always merges the first pair of the first word that is still in pieces, and in all words at once: a tokenizer that
+    applies the rules in this order repeats the same steps on the same words, so they come out whole.
+    """
+    split = [[*word[:-1], word[-1] + WORD_END] for word in sorted(words)]
+    rules: list[tuple[str, str]] = []
+    while broken := next((pieces for pieces in split if len(pieces) > 1), None):
+        rules.append((broken[0], broken[1]))
+        split = [_merge(pieces, rules[-1]) for pieces in split]
+    return rules
+
+
+def _merge(pieces: list[str], pair: tuple[str, str]) -> list[str]:
+    merged: list[str] = []
+    for piece in pieces:
+        if merged and (merged[-1], piece) == pair:
+            merged[-1] += piece
+        else:
+            merged.append(piece)
+    return merged
+
+
+def tokenizer() -> CLIPTokenizer:
+    """A CLIPTokenizer in which each word of the world is one token.
+
+    Other words fall into letters and known fragments, and characters that no word uses into one unknown token; the text
+    stage scatters such fragments over its captions, so that the text model learns to read past them.
+    """
+    from transformers import CLIPTokenizer
+
+    words = vocabulary()
+    rules = merge_rules(words)
+    letters = sorted({*"abcdefghijklmnopqrstuvwxyz", *"".join(words)})
+    pieces = [*letters, *(letter + WORD_END for letter in letters), *(a + b for a, b in rules)]
+    vocab = {piece: i for i, piece in enumerate(dict.fromkeys((START, END, UNKNOWN, *pieces)))}
+    return CLIPTokenizer(
+        vocab=vocab,
+        merges=rules,
+        unk_token=UNKNOWN,
+        bos_token=START,
+        eos_token=END,
+        pad_token=END,
+        model_max_length=MAX_TOKENS,
+    )
+
+
+def build_tokenizer(folder: str | os.PathLike[str]) -> CLIPTokenizer:
+    """Writes :func:`tokenizer` into `folder`, in the layout of a pipeline's `tokenizer/`, and returns it."""
+    made = tokenizer()
+    made.save_pretrained(Path(folder))
+    return made
+
+
+def word_ids(tokenizer: CLIPTokenizer) -> Tensor:
+    """[N] int64 ids of the tokens that are words of the world; all other ids but the special ones are fragments."""
+    known = tokenizer.get_vocab()
+    return torch.tensor(sorted(known[word + WORD_END] for word in vocabulary()))
+
+
+def text_model(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """0.12 M parameters: 2 causal layers of width 64 with 4 heads."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=4 * TEXT_WIDTH,
+        projection_dim=TEXT_WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=tokenizer.model_max_length,
+        hidden_act="quick_gelu",
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return CLIPTextModel(config)
+
+
+def autoencoder() -> AutoencoderKL:
+    """0.69 M parameters, f = 8: [B, 3, 64, 64] pixels to [B, 4, 8, 8] latents. `scaling_factor` is set after training.
+
+    Two choices make it train in minutes. One norm group: with more of them a group here would be one or two channels,
+    and normalising those takes out the level of a flat area, its colour. And a posterior that begins narrow: a fresh
+    AutoencoderKL has std 1 around means near 0, so its decoder is first shown noise.
+    """
+    from diffusers import AutoencoderKL
+
+    channels = (8, 16, 32, 64)
+    vae = AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=channels,
+        layers_per_block=1,
+        down_block_types=("DownEncoderBlock2D",) * len(channels),
+        up_block_types=("UpDecoderBlock2D",) * len(channels),
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=1,
+        sample_size=64,
+    )
+    with torch.no_grad():
+        vae.quant_conv.bias[LATENT_CHANNELS:] -= 5.0
+        vae.quant_conv.weight[LATENT_CHANNELS:] *= 0.1
+    return vae
+
+
+def unet() -> UNet2DConditionModel:
+    """2.8 M parameters: 2 levels (8x8 and 4x4), cross-attention to the text on both, Stable Diffusion's blocks, one layer each."""
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        block_out_channels=(64, 96),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=TEXT_WIDTH,
+        attention_head_dim=4,
+        norm_num_groups=16,
+    )
+
+
+def scheduler() -> DDIMScheduler:
+    """Stable Diffusion's table, rescaled to zero terminal SNR.
+
+    `set_alpha_to_one`: the last step goes to t = 0, clean data, and returns x0 as the network sees it. The
+    table's first level instead would leave 3 % of noise in every sample.
+    """
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        set_alpha_to_one=True,
+        steps_offset=0,
+        clip_sample=False,
+    )
+
+
+def judge() -> Judge:
+    """0.20 M parameters: the classifier of the world's attributes."""
+    return Judge({name: len(values) for name, values in ATTRIBUTES.items()})
+
+
+def parameters(module: nn.Module) -> int:
+    """How many parameters a module has."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def save(
+    folder: str | os.PathLike[str],
+    tokenizer: CLIPTokenizer,
+    text: CLIPTextModel,
+    vae: AutoencoderKL,
+    unet: UNet2DConditionModel,
+) -> None:
+    """Writes a StableDiffusionPipeline folder with fp16 safetensors. The modules are cast in place."""
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.to(torch.float16).save_pretrained(Path(folder), safe_serialization=True)

@@ -1,0 +1,1 @@
+"""Floor 0: the maths of diffusion, as pure functions on tensors."""

@@ -1,0 +1,1 @@
+"""Floor 4: from a trained student to something Diffusers loads."""

@@ -1,0 +1,90 @@
+"""A checkpoint, opened: the denoiser and everything around it that a recipe needs. One subclass a pipeline class."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from ..batch import Cond
+from ..networks.denoiser import Denoiser
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+@dataclass
+class TeacherConfig:
+    """Which checkpoint to distil.
+
+    Attributes:
+        path: a Diffusers folder, a hub id, a single-file checkpoint, or "demo" for the small teacher that ships.
+        revision: branch, tag or commit on the hub.
+        variant: file variant, e.g. fp16.
+        vae: another autoencoder's folder or hub id, e.g. madebyollin/sdxl-vae-fp16-fix.
+    """
+
+    path: str = "demo"
+    revision: str | None = None
+    variant: str | None = None
+    vae: str | None = None
+
+
+class Model(ABC):
+    """A text-to-image (or unconditional) model in its parts.
+
+    Attributes:
+        denoiser: the teacher.
+        name: path or hub id, as model cards name it.
+        resolution: the pixel size the checkpoint was made for.
+        latent_shape: (C, H, W) of the denoiser's input at that resolution.
+    """
+
+    denoiser: Denoiser
+    name: str
+    resolution: int
+    latent_shape: tuple[int, int, int]
+
+    @abstractmethod
+    def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """(mean, std) of the scaled latents of pixels [B, 3, H, W] in [-1, 1]; each [B, C, h, w] float32."""
+
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """Scaled latents of pixels [B, 3, H, W] in [-1, 1]: the posterior's mean, [B, C, h, w]."""
+        return self.posterior(pixels)[0]
+
+    @abstractmethod
+    def encode_prompts(self, prompts: Sequence[str]) -> Cond:
+        """Text conditions of B prompts, [B, ...] each, cacheable."""
+
+    @abstractmethod
+    def uncond(self, cond: Cond) -> Cond:
+        """`cond` with its text keys replaced by this family's own "no prompt"; size conditions stay."""
+
+    def size_cond(
+        self, original: Sequence[tuple[int, int]], crop: Sequence[tuple[int, int]], target: Sequence[tuple[int, int]]
+    ) -> Cond:
+        """Conditions on image size for families that have them (SDXL's time ids); {} elsewhere."""
+        return {}
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pixels [B, 3, H, W] in about [-1, 1] of scaled latents [B, C, h, w]; differentiable."""
+
+    @abstractmethod
+    def pipeline(self, student: Denoiser | None = None) -> DiffusionPipeline:
+        """A stock pipeline over the teacher (adapters off) or the student, sharing all weights in memory.
+
+        Enter `student.active()` or `denoiser.active()` around calls to it when they share one base.
+        """
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """A hash of everything that decides the latents and embeddings of an image and its caption."""
+
+    @abstractmethod
+    def to(self, device: Any) -> Model:
+        """Moves all parts to a device; returns self."""

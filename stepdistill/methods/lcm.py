@@ -1,0 +1,122 @@
+"""Latent consistency distillation (arXiv 2310.04378), as LCM-LoRA trains it (arXiv 2311.05556).
+
+The student learns to jump from any point of the teacher's guided ODE to its end, by agreeing with itself one teacher step
+further on. With a LoRA student the target is the same network without gradient, adapters ON; the teacher is adapters OFF.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..batch import Batch, Cond, concat
+from ..diffusion.boundary import lcm_scalings
+from ..diffusion.guidance import guide_w
+from ..diffusion.losses import mse, pseudo_huber
+from ..diffusion.prediction import Prediction
+from ..diffusion.schedule import Tabulated, expand
+from ..diffusion.solver import ddim
+from ..diffusion.timesteps import uniform
+from ..errors import InputError
+from ..method import Losses, Method
+from ..networks.denoiser import Denoiser
+from ..networks.network import Network
+
+
+@dataclass
+class LCMConfig:
+    """Latent consistency distillation.
+
+    Attributes:
+        w_min: smallest guidance w drawn in training (Diffusers' guidance_scale is w + 1).
+        w_max: largest guidance w.
+        num_ddim_timesteps: points of the teacher's solver grid (the scheduler's original_inference_steps).
+        loss_type: huber or l2.
+        huber_c: constant of the pseudo-Huber loss.
+        timestep_scaling: k of c_skip and c_out; LCMScheduler must use the same.
+        sigma_data: of c_skip and c_out.
+    """
+
+    w_min: float = 5.0
+    w_max: float = 15.0
+    num_ddim_timesteps: int = 50
+    loss_type: Literal["huber", "l2"] = "huber"
+    huber_c: float = 0.001
+    timestep_scaling: float = 10.0
+    sigma_data: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.w_min <= self.w_max:
+            raise InputError(
+                f"expected 0 <= w_min <= w_max, got {self.w_min} and {self.w_max}; fix --method.w_min, --method.w_max"
+            )
+        if self.num_ddim_timesteps < 2:
+            raise InputError(f"expected num_ddim_timesteps >= 2, got {self.num_ddim_timesteps}; 50 is usual")
+        if not self.huber_c > 0:
+            raise InputError(f"expected huber_c > 0, got {self.huber_c}; 0.001 is usual")
+
+
+class LCM(Method):
+    """Consistency distillation of `teacher` into `student`, on any schedule and prediction kind.
+
+    Args:
+        config: the paper's constants.
+        student: the consistency function to train; on a :class:`Tabulated` schedule with c_skip and c_out, as
+            LCMScheduler samples it, on other schedules (flow) its x0 itself.
+        teacher: the frozen denoiser.
+    """
+
+    def __init__(self, config: LCMConfig, student: Denoiser, teacher: Denoiser) -> None:
+        self.config, self.student, self.teacher = config, student, teacher
+        self.schedule = teacher.schedule
+        self.grid = self.schedule.grid(config.num_ddim_timesteps)  # t_N = 1 > ... > t_0 = 0
+        if isinstance(self.schedule, Tabulated):
+            levels = self.schedule.levels
+            if levels % config.num_ddim_timesteps:
+                raise InputError(
+                    f"expected num_ddim_timesteps to divide the teacher's {levels} levels, got {config.num_ddim_timesteps}; "
+                    "LCMScheduler would sample other times than were trained; use 50, 40 or 25"
+                )
+            self.grid[-1] = 1.0 / levels  # the discrete grid ends at index 0, abar[0], as LCM's does: [999, ..., 19, 0]
+
+    def networks(self) -> dict[str, Network]:
+        return {"student": self.student}
+
+    def training_step(self, batch: Batch) -> Losses:
+        """Algorithm 1 of arXiv 2310.04378, with the skipping step of section 4.3."""
+        x0, cond, rng = batch.data(), batch.cond, batch.rng
+        k = rng.integers("time", 0, len(self.grid) - 1)
+        t, s = self.grid[k], self.grid[k + 1]  # t_{n+k} and t_n, one solver step apart
+        w = uniform(rng.uniform("guidance"), self.config.w_min, self.config.w_max)
+        x_t = self.schedule.add_noise(x0, rng.normal("noise", x0.shape[1:], x0.dtype), t)
+
+        jump = self.consistency(x_t, t, self.student(x_t, t, cond))
+        with torch.no_grad():
+            x_s = ddim(self.schedule, self.guided(x_t, t, cond, batch.uncond, w), s)  # eq. 14: Psi with guidance w
+            target = self.consistency(x_s, s, self.student(x_s, s, cond))  # theta^-: adapters ON, no gradient
+        if self.config.loss_type == "huber":
+            loss = pseudo_huber(jump, target, self.config.huber_c)
+        else:
+            loss = mse(jump, target)
+        return Losses({"consistency": loss.mean()}, count=len(batch))
+
+    def guided(self, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond, w: Tensor) -> Prediction:
+        """The teacher's prediction with guidance w [B], conditional and unconditional half in one forward."""
+        if not uncond:
+            return self.teacher(x_t, t, cond)
+        both = self.teacher(torch.cat([x_t, x_t]), torch.cat([t, t]), concat(cond, uncond))
+        with_prompt, without = both.chunk(2)
+        return guide_w(with_prompt, without, w)  # eq. 13, on x0 and on eps
+
+    def consistency(self, x: Tensor, t: Tensor, prediction: Prediction) -> Tensor:
+        """f(x, t) = c_skip x + c_out x0_hat (eq. 9), which is x itself at the end of the grid."""
+        if isinstance(self.schedule, Tabulated):
+            index = self.schedule.index(t)
+            c_skip, c_out = lcm_scalings(index, self.config.timestep_scaling, self.config.sigma_data)
+        else:  # no sampler of flow models applies scalings, so none are trained; only the boundary is kept
+            c_skip = (t == 0).double()
+            c_out = 1.0 - c_skip
+        return expand(c_skip, x) * x + expand(c_out, x) * prediction.x0

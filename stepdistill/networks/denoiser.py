@@ -1,0 +1,69 @@
+"""A network that looks at x_t and has an opinion on (x0, eps). A family writes :meth:`Denoiser.call` and no more."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Self
+
+from torch import Tensor, nn
+
+from ..batch import Cond
+from ..diffusion.prediction import Kind, Prediction, read
+from ..diffusion.schedule import NoiseSchedule
+from ..errors import InputError
+from .lora import Adapters, LoraSpec
+from .network import Network
+
+
+class Denoiser(Network, ABC):
+    """A diffusion backbone with its schedule and prediction kind.
+
+    Attributes:
+        schedule: alpha(t), sigma(t).
+        predicts: what the output means: eps, x0, v or flow.
+        lora_targets: module names that LoRA adapts by default.
+        tap_points: module names whose features a discriminator reads by default.
+    """
+
+    lora_targets: Sequence[str] = ()
+    tap_points: Sequence[str] = ()
+
+    def __init__(self, net: nn.Module, schedule: NoiseSchedule, predicts: Kind) -> None:
+        super().__init__(net)
+        self.schedule, self.predicts = schedule, predicts
+
+    @abstractmethod
+    def call(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """The raw output [B, ...]: translates t in [0, 1] (float64, CPU) to native time, packs, calls `self.net`.
+
+        Must be differentiable in t where the backbone is.
+        """
+
+    def output(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """The raw output of this network's kind, [B, ...], with its own adapter active."""
+        with self.active():
+            return self.call(x_t, t, cond)
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
+        """The prediction at x_t [B, ...], t [B] float64 on the CPU."""
+        return read(self.predicts, self.schedule, self.output(x_t, t, cond), x_t, t)
+
+    def checkpoint_activations(self) -> None:
+        """Trades compute for memory: activations are computed again in backward. Families that can, override this."""
+        raise InputError(f"{type(self).__name__} has no gradient checkpointing; drop --train.gradient_checkpointing")
+
+    def with_lora(self, spec: LoraSpec, name: str = "student", seed: int = 0) -> Self:
+        """A student that shares this network's weights and trains an adapter on them.
+
+        Afterwards this object computes with the bare base (adapters off): it is the teacher.
+        """
+        if self.adapters is None:
+            self.adapters, self.adapter = Adapters(self.module), None
+        self.adapters.attach(name, spec, seed)
+        self._trainable = {}
+        student = copy.copy(self)
+        student.adapter = name
+        student._fix_trainable()
+        return student

@@ -1,0 +1,267 @@
+"""The loop. Everything that exists once per run lives here: devices, precision, accumulation, clipping, EMA, checkpoints.
+
+A run is a function of its config: data order, noise and times come from (seed, step, position), so a run that was killed
+continues to the same bits, and micro-batches or processes only decide who computes what.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from ..batch import Batch
+from ..data.order import DataSet, indices
+from ..errors import InputError
+from ..method import Method, Phase
+from ..networks.ema import EMA
+from ..randomness import StepRandom, derived_seed
+from .checkpoint import CheckpointStore
+from .optimization import Role, Sums, lr_factor
+from .snapshot import restore, snapshot
+from .trackers import MetricsLog, Progress, Trackers
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient norm became NaN or infinite; the weights are those of before the step."""
+
+
+class Fit:
+    """The state of one :meth:`Trainer.fit`."""
+
+    def __init__(self, trainer: Trainer, method: Method, name: str, steps: int) -> None:
+        if name.isdigit():
+            raise ValueError(f"expected a fit name that is no number, got {name!r}")
+        self.trainer, self.method, self.name, self.steps = trainer, method, name, steps
+        self.config, self.accelerator = trainer.config, trainer.accelerator
+        self.start = trainer.step  # the global step at which the round began
+        self.round = 0
+        self.networks = method.networks()
+        self.trained = {role for phase in method.phases() for role in phase.trains}
+        for network in self.networks.values():
+            network.module.to(trainer.device)
+        self.roles = {
+            role: Role(role, network, self.config, self.accelerator)
+            for role, network in self.networks.items()
+            if role in self.trained
+        }
+        self.ema = self._new_ema()
+        self.store = CheckpointStore(trainer.folder / "checkpoints" / name, self.config.checkpoints_total_limit)
+        self.metrics = MetricsLog(trainer.folder / "metrics.jsonl", trainer.is_main)
+        self.trackers: Trackers | None = None
+        self.saved_at: tuple[int, int] | None = None
+
+    def _new_ema(self) -> EMA | None:
+        if self.config.ema_decay is None or "student" not in self.roles:
+            return None
+        return EMA(self.networks["student"], self.config.ema_decay)
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def resume(self) -> None:
+        """Loads the checkpoint asked for, if there is one, and prepares the run folder."""
+        which, trainer = self.config.resume_from_checkpoint, self.trainer
+        found = None if which is None else self.store.find("latest" if self.name else which)
+        if found is not None:
+            restore(self, found)
+            self.accelerator.print(f"resuming from {found.path} (step {found.step})")
+        if trainer.is_main:
+            trainer.folder.mkdir(parents=True, exist_ok=True)
+            if trainer.config_yaml:
+                (trainer.folder / "config.yaml").write_text(trainer.config_yaml)
+        self.metrics.rewind(trainer.step)
+        self.trackers = Trackers(
+            self.config.report_to, trainer.folder, vars(self.config), trainer.step, trainer.is_main
+        )
+        self.accelerator.wait_for_everyone()
+
+    def save(self) -> None:
+        """One checkpoint of this moment, unless it has just been saved."""
+        now = (self.round, self.trainer.step)
+        if self.saved_at != now and self.trainer.is_main:
+            self.store.save(self.trainer.step, *snapshot(self))
+        self.saved_at = now
+        self.accelerator.wait_for_everyone()
+
+    # -- rounds and steps ---------------------------------------------------------------------------------------------
+
+    def rounds(
+        self, data: DataSet, on_validate: Callable[[int], None] | None, on_round: Callable[[int], None] | None
+    ) -> None:
+        """All rounds to their ends. A round ends with its EMA as its weights; the next begins with a fresh optimizer."""
+        while True:
+            self.one_round(data, on_validate)
+            self.save()
+            if self.ema is not None:
+                self.ema.fold()
+            if on_round is not None:
+                on_round(self.round)
+            if not self.method.next_round():
+                return
+            self.round, self.start = self.round + 1, self.trainer.step
+            for role in self.roles.values():
+                role.reset()
+            self.ema = self._new_ema()
+            self.save()
+
+    def one_round(self, data: DataSet, on_validate: Callable[[int], None] | None) -> None:
+        """Steps from where the run is to the end of the round."""
+        trainer, end = self.trainer, self.start + self.steps
+        if len(data) < 1:
+            raise InputError("expected a data set with at least one sample, got none")
+        progress = Progress(end, trainer.step, self.name or type(self.method).__name__, trainer.is_main)
+        while trainer.step < end:
+            began = time.perf_counter()
+            lr = self.config.learning_rate * lr_factor(self.config, trainer.step - self.start, self.steps)
+            row = self.one_step(data, lr)
+            trainer.step += 1
+            seconds = time.perf_counter() - began
+            row = {"step": trainer.step, **row, "learning_rate": lr, "seconds": round(seconds, 4)}
+            self.log(row)
+            progress.update(trainer.step, row["loss"], lr, seconds)
+            if trainer.step % self.config.checkpointing_steps == 0:
+                self.save()
+            if self.config.validation_steps and trainer.step % self.config.validation_steps == 0:
+                self.validate(on_validate)
+            if self._all_stop():
+                self.save()
+                progress.close()
+                self.accelerator.print(f"stopped by SIGTERM; step {trainer.step} is saved")
+                raise SystemExit(143)
+        progress.close()
+
+    def one_step(self, data: DataSet, lr: float) -> dict[str, float]:
+        """All phases of one step on one global batch; returns the logged means."""
+        method, trainer = self.method, self.trainer
+        method.step = trainer.step
+        batches = self.micro_batches(data)
+        row: dict[str, float] = {}
+        for number, phase in enumerate(method.phases()):
+            if trainer.step % phase.every == 0:
+                row.update(self.one_phase(number, phase, batches, lr))
+        with torch.no_grad():
+            method.after_step()
+            if self.ema is not None:
+                self.ema.update()
+        return row
+
+    def one_phase(self, number: int, phase: Phase, batches: list[Batch], lr: float) -> dict[str, float]:
+        """Gradients of all micro-batches, then one optimizer step of each role this phase trains."""
+        sums = Sums()
+        with self.learning(phase):
+            for i, batch in enumerate(batches):
+                self.seed_globally(number, i)
+                with self.sync_only_if_last(i == len(batches) - 1, phase):
+                    with self.accelerator.autocast():
+                        losses = phase.loss(batch)
+                    self.accelerator.backward(losses.total * losses.count)
+                sums.add(losses)
+            means, count = sums.means(self.accelerator)
+            if not all(math.isfinite(v) for v in means.values()):
+                self._not_finite(f"loss ({', '.join(f'{k} = {v:g}' for k, v in means.items())})", phase)
+            # DDP averaged over processes: a true mean over the global batch needs world size / total count
+            scale = self.accelerator.num_processes / count
+            for role in phase.trains:
+                norm = self.roles[role].step(lr, scale)
+                if not math.isfinite(norm) and self.accelerator.scaler is None:
+                    self._not_finite(f"gradient norm of {role} ({norm})", phase)
+                means["grad_norm" if len(self.roles) == 1 else f"grad_norm/{role}"] = norm
+        return means
+
+    def _not_finite(self, what: str, phase: Phase) -> None:
+        raise NonFiniteError(
+            f"{what} is not finite at step {self.trainer.step + 1} (training {', '.join(phase.trains)}); the weights were not "
+            "changed by it. Lower --train.learning_rate, use bf16 instead of fp16, or look at this batch's data"
+        )
+
+    def micro_batches(self, data: DataSet) -> list[Batch]:
+        """This process's share of the global batch, cut into micro-batches."""
+        size, parts = self.config.train_batch_size, self.config.gradient_accumulation_steps
+        first = int(self.accelerator.process_index) * size * parts
+        batches = []
+        for i in range(parts):
+            positions = range(first + i * size, first + (i + 1) * size)
+            chosen = indices(self.config.seed, self.trainer.step, positions, self.trainer.global_batch_size, len(data))
+            rng = StepRandom(self.config.seed, self.trainer.step, positions)
+            batches.append(data.batch(chosen, rng).to(self.trainer.device))
+        return batches
+
+    def seed_globally(self, phase: int, micro_batch: int) -> None:
+        """What cannot avoid the global generators (dropout, generate) becomes a function of the step, too."""
+        rank = int(self.accelerator.process_index)
+        torch.manual_seed(derived_seed(self.config.seed, self.trainer.step, "global", phase, micro_batch, rank))
+
+    @contextmanager
+    def learning(self, phase: Phase) -> Iterator[None]:
+        """Within it only the roles of this phase require grad."""
+        flags = [(p, p.requires_grad) for role in self.roles.values() for p in role.parameters]
+        for name, role in self.roles.items():
+            for parameter in role.parameters:
+                parameter.requires_grad_(name in phase.trains)
+        try:
+            yield
+        finally:
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+
+    @contextmanager
+    def sync_only_if_last(self, last: bool, phase: Phase) -> Iterator[None]:
+        """Gradients cross processes in the last micro-batch, and only those of the roles that train."""
+        with ExitStack() as stack:
+            for name, role in self.roles.items():
+                if not (last and name in phase.trains):
+                    stack.enter_context(self.accelerator.no_sync(role.network.net))
+            yield
+
+    @contextmanager
+    def wrapped(self) -> Iterator[None]:
+        """Within it the trained roles are wrapped for several processes; the only place where that happens."""
+        if self.accelerator.num_processes == 1:
+            yield
+            return
+        bare = {name: role.network.net for name, role in self.roles.items()}
+        devices = [self.trainer.device.index] if self.trainer.device.type == "cuda" else None
+        for role in self.roles.values():
+            role.network.net = DistributedDataParallel(role.network.net, device_ids=devices, broadcast_buffers=False)
+        try:
+            yield
+        finally:
+            for name, role in self.roles.items():
+                role.network.net = bare[name]
+
+    # -- what is told -------------------------------------------------------------------------------------------------
+
+    def log(self, row: dict[str, Any]) -> None:
+        """One row for metrics.jsonl and the trackers."""
+        self.metrics.write(row)
+        if self.trackers is not None:
+            self.trackers.log(row, self.trainer.step)
+
+    def validate(self, on_validate: Callable[[int], None] | None) -> None:
+        """The recipe's samples, with EMA weights, on the main process; training randomness is not touched."""
+        if on_validate is not None and self.trainer.is_main:
+            with ExitStack() as stack:
+                if self.ema is not None:
+                    stack.enter_context(self.ema.applied())
+                stack.enter_context(torch.no_grad())
+                on_validate(self.trainer.step)
+        self.accelerator.wait_for_everyone()
+
+    def _all_stop(self) -> bool:
+        if self.accelerator.num_processes == 1:
+            return self.trainer.stop_requested
+        flag = torch.tensor(float(self.trainer.stop_requested), device=self.trainer.device)
+        return bool(self.accelerator.reduce(flag, "sum") > 0)
+
+    def close(self) -> None:
+        """Ends the trackers."""
+        if self.trackers is not None:
+            self.trackers.close()

@@ -1,0 +1,246 @@
+"""The demo teacher's parts and stages."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from stepdistill.bench.judge import Judge
+from stepdistill.demo import stages, teacher
+from stepdistill.demo.world import ATTRIBUTES, World, vocabulary
+from stepdistill.errors import InputError
+from stepdistill.families.schedules import from_scheduler
+from stepdistill.randomness import StepRandom
+
+WORLD = World(7)
+
+
+def rng(size: int, step: int = 0) -> StepRandom:
+    return StepRandom(0, step, range(size))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return teacher.tokenizer()
+
+
+# --- tokenizer
+
+
+def test_merges_make_whole_words_in_rank_order():
+    assert teacher.merge_rules(["ab", "abc", "b"]) == [("a", "b</w>"), ("a", "b"), ("ab", "c</w>")]
+
+
+def test_every_word_of_the_world_is_one_token(tokenizer):
+    for word in vocabulary():
+        assert tokenizer.tokenize(word) == [word + "</w>"]
+    ids = tokenizer(WORLD.captions(range(300)), padding="max_length", truncation=True, return_tensors="pt").input_ids
+    framed = {*teacher.word_ids(tokenizer).tolist(), tokenizer.bos_token_id, tokenizer.eos_token_id}
+    assert set(ids.flatten().tolist()) <= framed
+    assert bool((ids[:, -1] == tokenizer.eos_token_id).all())  # nothing was cut off: the end is padding
+
+
+def test_tokenizer_round_trip_and_foreign_words(tmp_path, tokenizer):
+    from transformers import CLIPTokenizer
+
+    teacher.build_tokenizer(tmp_path)
+    loaded = CLIPTokenizer.from_pretrained(tmp_path)
+    assert loaded.get_vocab() == tokenizer.get_vocab()
+    assert (loaded.model_max_length, loaded.unk_token) == (teacher.MAX_TOKENS, teacher.UNKNOWN)
+    assert loaded.pad_token_id == loaded.eos_token_id
+    for text in ("a RED circle", "a fluffy dog, 3 cafés\n near 日本", "", WORLD.captions([3])[0]):
+        ids = loaded(text, truncation=True).input_ids
+        assert ids == tokenizer(text, truncation=True).input_ids
+        assert ids[0] == loaded.bos_token_id and ids.count(loaded.eos_token_id) == 1 and ids[-1] == loaded.eos_token_id
+    assert loaded.unk_token_id in loaded("日本").input_ids
+    assert loaded.decode(loaded("a RED circle").input_ids, skip_special_tokens=True) == "a red circle"
+
+
+# --- networks
+
+
+def test_stated_sizes(tokenizer):
+    unet = teacher.unet()
+    assert teacher.parameters(unet) <= 3_500_000
+    small = teacher.text_model(tokenizer), teacher.autoencoder(), teacher.judge()
+    assert [round(teacher.parameters(module) / 1e6, 2) for module in small] == [0.12, 0.69, 0.20]
+    assert 2 * sum(teacher.parameters(module) for module in (unet, *small)) <= 12e6  # bytes in fp16
+
+
+def test_schedule_ends_in_pure_noise_and_steps_end_in_clean_data():
+    scheduler = teacher.scheduler()
+    schedule, kind = from_scheduler(scheduler.config)
+    assert kind == "v" and schedule.zero_terminal_snr
+    scheduler.set_timesteps(1)
+    assert scheduler.timesteps.tolist() == [999]
+    v = torch.randn(2, 4, 8, 8)
+    # one step from alpha = 0, sigma = 1: x0 = alpha x - sigma v = -v, and at t = 0 nothing else is left
+    torch.testing.assert_close(scheduler.step(v, 999, torch.randn(2, 4, 8, 8)).prev_sample, -v)
+
+
+def test_autoencoder_posterior_begins_narrow():
+    with torch.no_grad():
+        posterior = teacher.autoencoder().encode(WORLD.pixels(range(4))).latent_dist
+    assert posterior.mean.shape == (4, teacher.LATENT_CHANNELS, 8, 8)
+    assert float(posterior.std.max()) < 0.2
+    assert float(posterior.mean.std()) > 2 * float(posterior.std.mean())
+
+
+def test_saved_teacher_loads_in_stock_diffusers_and_takes_one_step(tmp_path, tokenizer):
+    from diffusers import StableDiffusionPipeline
+
+    vae = teacher.autoencoder()
+    factor = stages.set_scaling_factor(vae, WORLD.pixels(range(16)))
+    teacher.save(tmp_path, tokenizer, teacher.text_model(tokenizer), vae, teacher.unet())
+    assert sum(file.stat().st_size for file in tmp_path.rglob("*.safetensors")) <= 11e6
+    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline.vae.config.scaling_factor == pytest.approx(factor)
+    with torch.no_grad():
+        images = pipeline(["a red circle", "a dog"], num_inference_steps=1, guidance_scale=2.0, output_type="pt").images
+    assert images.shape == (2, 3, 64, 64) and bool(images.isfinite().all())
+
+
+def test_judge_round_trip_and_shapes(tmp_path):
+    judge = teacher.judge().eval()
+    pixels = WORLD.pixels(range(3))
+    logits = judge(pixels)
+    assert {name: tuple(value.shape) for name, value in logits.items()} == {
+        n: (3, len(v)) for n, v in ATTRIBUTES.items()
+    }
+    assert judge.features(pixels).shape == (3, judge.dim)
+    torch.testing.assert_close(judge.heads["shape"](judge.features(pixels)), logits["shape"])
+    torch.testing.assert_close(judge.features(3 * pixels), judge.features((3 * pixels).clamp(-1, 1)))
+    judge.save(tmp_path, dtype=torch.float32)
+    loaded = Judge.load(tmp_path)
+    torch.testing.assert_close(loaded(pixels)["colour"], logits["colour"], rtol=0, atol=0)
+    assert not any(p.requires_grad for p in loaded.parameters())
+    judge.save(tmp_path)
+    torch.testing.assert_close(Judge.load(tmp_path).features(pixels), judge.features(pixels), rtol=0, atol=0.02)
+    assert (tmp_path / "judge.safetensors").stat().st_size <= 1_000_000
+
+
+def test_judge_refuses_other_sizes_and_missing_files(tmp_path):
+    with pytest.raises(ValueError, match="expected pixels"):
+        teacher.judge()(torch.zeros(1, 3, 32, 32))
+    with pytest.raises(InputError, match=r"no judge\.safetensors"):
+        Judge.load(tmp_path)
+
+
+# --- stages
+
+
+def test_data_is_the_world():
+    data = stages.WorldPixels(WORLD, 9)
+    batch = data.batch([8, 2], rng(2))
+    assert len(data) == 9
+    torch.testing.assert_close(batch.data(), WORLD.pixels([8, 2]), rtol=0, atol=1e-6)
+    assert torch.equal(batch.extra["labels"], WORLD.labels([8, 2]))
+
+
+def test_clutter_is_inserted_and_overflow_cut():
+    ids = torch.tensor([[0, 5, 6, 7, 1, 1]] * 3)
+    fragments = torch.tensor([[90, 91, 92, 93, 94, 95]] * 3)
+    out = stages.insert_clutter(ids, torch.tensor([0, 2, 3]), torch.tensor([1, 2, 4]), fragments, end=1)
+    assert out.tolist() == [[0, 5, 6, 7, 1, 1], [0, 5, 92, 93, 6, 1], [0, 5, 6, 7, 94, 1]]
+
+
+def test_clutter_hits_its_share_and_keeps_the_frame(tokenizer):
+    data = stages.WorldCaptions(WORLD, 200, tokenizer)
+    method = stages.TextNaming(stages.TextNamingConfig(clutter=0.3), teacher.text_model(tokenizer), tokenizer)
+    batch = data.batch(range(200), rng(200))
+    clean, cluttered = batch.extra["input_ids"], method.cluttered(batch)
+    changed = (clean != cluttered).any(1)
+    assert 0.2 < float(changed.float().mean()) < 0.4
+    assert bool((cluttered[:, 0] == tokenizer.bos_token_id).all())
+    words = set(teacher.word_ids(tokenizer).tolist())
+    for before, after in zip(clean[changed].tolist(), cluttered[changed].tolist(), strict=True):
+        assert [i for i in after if i in words] == [i for i in before if i in words]
+
+
+def test_kl_and_edges_in_closed_form():
+    mean, logvar = torch.randn(5, 4, 2, 2), torch.randn(5, 4, 2, 2)
+    normal = torch.distributions.Normal(mean, (0.5 * logvar).exp())
+    wanted = torch.distributions.kl_divergence(normal, torch.distributions.Normal(0.0, 1.0)).mean()
+    torch.testing.assert_close(stages.kl_to_standard(mean, logvar), wanted)
+    ramp = torch.arange(4.0).mul(3).expand(1, 1, 4, 4)  # rises by 3 along x, constant along y
+    assert float(stages.edge_error(ramp)) == 3.0
+    assert float(stages.edge_error(torch.full((1, 1, 4, 4), 7.0))) == 0.0
+
+
+def test_scaling_factor_gives_unit_std():
+    vae, pixels = teacher.autoencoder(), WORLD.pixels(range(64))
+    stages.set_scaling_factor(vae, pixels)
+    with torch.no_grad():
+        posterior = vae.encode(pixels).latent_dist
+    torch.manual_seed(0)
+    latents = (posterior.mean + posterior.std * torch.randn_like(posterior.mean)) * vae.config.scaling_factor
+    assert float(latents.std()) == pytest.approx(1.0, abs=0.02)
+
+
+def test_judge_augmentation_is_off_at_zero_and_moves_by_whole_pixels():
+    batch = stages.WorldPixels(WORLD, 40).batch(range(40), rng(40))
+    still = stages.Judging(stages.JudgingConfig(noise=0.0, blur=0.0, shift=0), teacher.judge())
+    torch.testing.assert_close(still.augmented(batch), batch.data(), rtol=0, atol=0)
+    moved = stages.Judging(stages.JudgingConfig(noise=0.0, blur=0.0, shift=1), teacher.judge()).augmented(batch)
+    x0 = batch.data()
+    shifts = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
+    inner = [torch.roll(x0, move, (2, 3))[:, :, 1:-1, 1:-1] for move in shifts]
+    error = torch.stack([(image - moved[:, :, 1:-1, 1:-1]).abs().flatten(1).amax(1) for image in inner])
+    torch.testing.assert_close(error.amin(0), torch.zeros(40))
+    assert len(set(error.argmin(0).tolist())) > 4
+
+
+def test_naming_loss_of_ignorance_is_the_log_of_the_choices():
+    labels = WORLD.labels(range(6))
+    logits = {name: torch.zeros(6, len(values)) for name, values in ATTRIBUTES.items()}
+    wanted = sum(math.log(len(values)) for values in ATTRIBUTES.values())
+    assert float(stages.naming_loss(logits, labels)) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_accuracy_counts_by_attribute_and_jointly():
+    labels = WORLD.labels(range(4))
+
+    class Oracle(Judge):
+        def forward(self, pixels):
+            logits = {}
+            for i, (name, values) in enumerate(ATTRIBUTES.items()):
+                said = labels[:, i].clone()
+                if name == "shape":
+                    said[0] = (said[0] + 1) % len(values)
+                logits[name] = torch.nn.functional.one_hot(said, len(values)).float()
+            return logits
+
+    found = stages.attribute_accuracy(Oracle({"shape": 8}), WORLD.pixels(range(4)), labels)
+    assert found == {"shape": 0.75, "colour": 1.0, "background": 1.0, "size": 1.0, "position": 1.0, "all": 0.75}
+
+
+@pytest.mark.parametrize("stage", ["text", "autoencoder", "judge"])
+def test_a_stage_learns_and_repeats_itself(stage, tokenizer):
+    def losses() -> list[float]:
+        torch.manual_seed(0)
+        if stage == "text":
+            data = stages.WorldCaptions(WORLD, 64, tokenizer)
+            method = stages.TextNaming(stages.TextNamingConfig(), teacher.text_model(tokenizer), tokenizer)
+        elif stage == "autoencoder":
+            data = stages.WorldPixels(WORLD, 64)
+            method = stages.Autoencoding(stages.AutoencodingConfig(), teacher.autoencoder())
+        else:
+            data = stages.WorldPixels(WORLD, 64)
+            method = stages.Judging(stages.JudgingConfig(), teacher.judge())
+        (phase,) = method.phases()
+        optimizer = torch.optim.AdamW(method.networks()["student"].trainable(), lr=2e-3)
+        found = []
+        for step in range(6):
+            loss = phase.loss(data.batch(range(8 * step, 8 * step + 8), rng(8, step))).total
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            found.append(loss.item())
+        return found
+
+    first = losses()
+    assert first[-1] < first[0]
+    assert losses() == first
