@@ -36,7 +36,7 @@ class Recipe:
 
     judge: TrainConfig = field(default_factory=lambda: _train(1000, 64, 3e-3, 100))
     text: TrainConfig = field(default_factory=lambda: _train(1500, 128, 2e-3, 100))
-    autoencoder: TrainConfig = field(default_factory=lambda: _train(4000, 16, 3e-3, 100))
+    autoencoder: TrainConfig = field(default_factory=lambda: _train(5000, 16, 8e-4, 20))
     unet: TrainConfig = field(default_factory=lambda: _train(5000, 64, 1e-3, 200, ema_decay=0.999))
     images: int = 20000
     threads: int = 0

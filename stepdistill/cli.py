@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from .config import fail
@@ -27,9 +29,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     export = commands.add_parser(
-        "export", help="write the adapter, scheduler, facts and model card of a run", description=export_command.__doc__,
-        allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+        "export",
+        help="write the adapter, scheduler, facts and model card of a run",
+        description=inspect.getdoc(export_command),
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     export.set_defaults(command=export_command)
     export.add_argument("run", metavar="RUN", help="run folder: the --output_dir of a training")
     export.add_argument("--output_dir", metavar="DIR", help="where to write (default: RUN)")
@@ -49,6 +54,9 @@ def export_command(options: dict[str, Any]) -> None:
 
     The result is loaded back and compared; a difference is an error, and nothing is written over then.
     """
+    from .export.config import read_config
+
+    read_config(Path(options["run"]))  # a wrong folder is said before the seconds that the next imports take
     from .export.rerun import export_run
     from .export.verify import ExportError
 

@@ -55,8 +55,19 @@ class Parsed(Generic[R]):
     yaml: str
 
 
-def parse(recipe_class: type[R], args: list[str] | None = None, description: str | None = None) -> Parsed[R]:
-    """The recipe's dataclass from flags and `--config FILE`. Unknown keys and wrong types raise InputError."""
+def parse(
+    recipe_class: type[R],
+    args: list[str] | None = None,
+    description: str | None = None,
+    defaults: str | Path | None = None,
+) -> Parsed[R]:
+    """The recipe's dataclass from flags and `--config FILE`. Unknown keys and wrong types raise InputError.
+
+    Args:
+        args: instead of the command line's.
+        description: shown by --help.
+        defaults: a YAML file whose values replace the dataclass's own defaults.
+    """
     from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
     from jsonargparse.typing import register_type
 
@@ -68,13 +79,14 @@ def parse(recipe_class: type[R], args: list[str] | None = None, description: str
             deserializer_exceptions=(),
             fail_already_registered=False,
         )
-    parser = ArgumentParser(description=description, exit_on_error=False)
+    files = [] if defaults is None else [str(defaults)]
+    parser = ArgumentParser(description=description, exit_on_error=False, default_config_files=files)
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of these options.")
     parser.add_class_arguments(recipe_class, sub_configs=False)
     try:
         namespace = parser.parse_args(args)
-        text = parser.dump(namespace, skip_none=False)
-        values = parser.instantiate_classes(namespace)
+        text = parser.dump(namespace, skip_unset=False)
+        values = parser.instantiate(namespace)
     except ArgumentError as error:
         cause = error.__cause__
         if isinstance(cause, InputError):
@@ -89,10 +101,22 @@ def _one_paragraph(message: str) -> str:
     return " ".join(lines)
 
 
-def run(recipe_class: type[R], main: Callable[[Parsed[R]], None], description: str | None = None) -> None:
-    """A recipe's entry point: parses, runs, and turns :class:`InputError` into one paragraph and exit code 2."""
+def run(
+    recipe_class: type[R],
+    main: Callable[[Parsed[R]], None],
+    description: str | None = None,
+    demo: str | Path | None = None,
+) -> None:
+    """A recipe's entry point: parses, runs, and turns :class:`InputError` into one paragraph and exit code 2.
+
+    Args:
+        demo: defaults that hold while `teacher.path` is "demo", the small teacher that ships.
+    """
     try:
-        main(parse(recipe_class, description=description))
+        parsed = parse(recipe_class, description=description)
+        if demo is not None and "teacher:\n  path: demo\n" in parsed.yaml:
+            parsed = parse(recipe_class, description=description, defaults=demo)
+        main(parsed)
     except InputError as error:
         fail(error)
 

@@ -1,8 +1,3 @@
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -79,7 +74,8 @@ def test_moments_over_positions_and_over_elements() -> None:
     for values in (many.uniform("u"), StepRandom(11, 2, [0]).uniform("u", (4000,))[0]):
         assert abs(values.mean() - 0.5) < 0.019
         assert abs(values.var() - 1 / 12) < 0.005
-        assert 0.0 <= float(values.min()) and float(values.max()) < 1.0
+        assert float(values.min()) >= 0.0
+        assert float(values.max()) < 1.0
     assert many.integers("i", 2, 5).unique().tolist() == [2, 3, 4]
     assert abs(torch.corrcoef(torch.stack([many.uniform("u"), many.uniform("v")]))[0, 1]) < 0.065
     neighbours = many.normal("noise")
@@ -98,13 +94,13 @@ def test_types_and_shapes() -> None:
 
 def test_global_generators_neither_matter_nor_move() -> None:
     torch.manual_seed(0)
-    np.random.seed(0)
-    before, legacy = torch.get_rng_state(), np.random.get_state()[1].copy()  # type: ignore[index]
+    np.random.seed(0)  # noqa: NPY002
+    before, legacy = torch.get_rng_state(), np.random.get_state()[1].copy()  # type: ignore[index]  # noqa: NPY002
     first = draws(StepRandom(0, 0, range(2)))
     assert torch.equal(torch.get_rng_state(), before)
-    assert np.array_equal(np.random.get_state()[1], legacy)  # type: ignore[index]
+    assert np.array_equal(np.random.get_state()[1], legacy)  # type: ignore[index]  # noqa: NPY002
     torch.manual_seed(1)
-    np.random.seed(1)
+    np.random.seed(1)  # noqa: NPY002
     for a, b in zip(first, draws(StepRandom(0, 0, range(2))), strict=True):
         assert torch.equal(a, b)
 
@@ -121,22 +117,24 @@ def test_keys_tell_types_and_borders_apart() -> None:
 
 
 def test_pinned_values() -> None:
-    """A change of the hash or of the generator would silently break the resume of every existing run."""
-    assert key(0, 1, "noise", 2) == (PINNED_KEY)
-    assert derived_seed(0, "data") == PINNED_SEED
+    """A change of the hash or of the generator would silently break the resume of every existing run.
+
+    Strings hash differently in each process (PYTHONHASHSEED), so these literals hold that off the key as well.
+    """
+    assert key(0, 1, "noise", 2) == (14215657292441631985, 3196053952352042883)
+    assert derived_seed(0, "data") == 4386511388638788876
     rng = StepRandom(0, 1, [2])
-    assert_close(rng.normal("noise", (2,), torch.float64), torch.tensor([PINNED_NORMAL], dtype=torch.float64), rtol=0, atol=1e-15)
-    assert_close(rng.normal("noise", (2,)), torch.tensor([PINNED_NORMAL32]), rtol=0, atol=1e-7)
-    assert rng.uniform("time").item() == PINNED_UNIFORM
-    assert rng.integers("choice", 0, 1000).item() == PINNED_INTEGER
-    assert rng.shared("branch") == PINNED_SHARED
-    assert rng.scoped("student").uniform("time").item() == PINNED_SCOPED
-    assert generator(0, 1, "noise", 2).standard_normal() == PINNED_NORMAL[0]
-
-
-def test_keys_do_not_depend_on_the_hash_seed_of_the_process() -> None:
-    code = "from stepdistill.randomness import key; print(*key(0, 1, 'noise', 2))"
-    root = Path(__file__).parents[1]
-    environment = os.environ | {"PYTHONHASHSEED": "12345", "PYTHONPATH": str(root)}
-    output = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert tuple(map(int, output.stdout.split())) == key(0, 1, "noise", 2)
+    assert_close(
+        rng.normal("noise", (2,), torch.float64),
+        torch.tensor([[-1.6996626844891383, 1.210004065952411]], dtype=torch.float64),
+        rtol=0,
+        atol=1e-15,
+    )
+    assert_close(
+        rng.normal("noise", (2,)), torch.tensor([[-0.3451819121837616, 0.2337145358324051]]), rtol=0, atol=1e-7
+    )
+    assert rng.uniform("time").item() == 0.10852306436662029
+    assert rng.integers("choice", 0, 1000).item() == 843
+    assert rng.shared("branch") == 0.8405225311910737
+    assert rng.scoped("student").uniform("time").item() == 0.7625893951536641
+    assert generator(0, 1, "noise", 2).standard_normal() == -1.6996626844891383

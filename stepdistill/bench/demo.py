@@ -132,7 +132,7 @@ def timed(
         )
         for i, row in enumerate(rows)
     }
-    seconds = measure(calls, repeats, warmup=1) if rows else {}
+    seconds = measure(calls, REPEATS, warmup=1) if rows else {}
     return [replace(row, seconds=tuple(seconds[str(i)])) for i, row in enumerate(rows)]
 
 

@@ -225,7 +225,7 @@ def _metadata_captions(files: list[Path], column: str) -> list[tuple[Path, str]]
 
 def _rows(file: Path) -> list[dict[str, Any]]:
     """The rows of one metadata file, {"image": {"path": ...}, column: value}, by the imagefolder reader of `datasets`."""
-    import datasets  # type: ignore[import-untyped]
+    import datasets
 
     try:
         # streaming keeps it from writing a copy into its own cache; an explicit split keeps folder names from becoming splits

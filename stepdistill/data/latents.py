@@ -214,6 +214,6 @@ def _check_finite(mean: Tensor, std: Tensor, names: Sequence[str]) -> None:
     if not bool(good.all()):
         name = names[int((~good).nonzero()[0])]
         raise InputError(
-            f"expected finite latents, got NaN or infinity for {name!r}; if it is so for every image, the autoencoder overflows "
+            f"expected finite latents, got NaN or infinity for {name!r}; if every image does it, the autoencoder overflows "
             "in half precision: give --teacher.vae one that does not, e.g. madebyollin/sdxl-vae-fp16-fix"
         )

@@ -88,12 +88,7 @@ class Naming(nn.Module):
 
 @dataclass
 class TextNamingConfig:
-    """Training of the text model.
-
-    Attributes:
-        clutter: share of captions into which a run of fragments is inserted, as a word from outside the world would be.
-        longest: tokens in the longest such run.
-    """
+    """Share of captions into which a run of fragments is inserted, as a foreign word would be, and its longest."""
 
     clutter: float = 0.3
     longest: int = 5
@@ -139,7 +134,8 @@ class TextNaming(Method):
         length = (ids == self._end).int().argmax(1).cpu()  # position of the end token
         where = 1 + (rng.uniform("clutter/where") * length).long()
         fragments = self._fragments[rng.integers("clutter/ids", 0, len(self._fragments), ids.shape[1:])]
-        return insert_clutter(ids, *(x.to(ids.device) for x in (run, where, fragments)), self._end)
+        run, where, fragments = (x.to(ids.device) for x in (run, where, fragments))
+        return insert_clutter(ids, run, where, fragments, self._end)
 
     def training_step(self, batch: Batch) -> Losses:
         labels = batch.extra["labels"]
@@ -167,18 +163,20 @@ class AutoencodingConfig:
     """Training of the autoencoder.
 
     Attributes:
-        kl_weight: of the KL divergence to N(0, 1), a mean over latent values.
+        l1_weight: of the mean absolute error. Alone it is content with the background: the object is the minority.
+        l2_weight: of the mean squared error, to which an object in the wrong colour is dear.
         edge_weight: of the L1 error of the differences between neighbouring pixels.
+        kl_weight: of the KL divergence to N(0, 1), a mean over latent values.
     """
 
+    l1_weight: float = 1.0
+    l2_weight: float = 1.0
+    edge_weight: float = 0.0
     kl_weight: float = 1e-5
-    edge_weight: float = 0.5
 
     def __post_init__(self) -> None:
-        if self.kl_weight < 0 or self.edge_weight < 0:
-            raise InputError(
-                f"expected weights >= 0, got kl_weight {self.kl_weight} and edge_weight {self.edge_weight}"
-            )
+        if negative := {name: value for name, value in vars(self).items() if value < 0}:
+            raise InputError(f"expected weights >= 0, got {negative}; 0 leaves a term out")
 
 
 def kl_to_standard(mean: Tensor, logvar: Tensor) -> Tensor:
@@ -192,7 +190,7 @@ def edge_error(error: Tensor) -> Tensor:
 
 
 class Autoencoding(Method):
-    """L1 reconstruction, a small KL term, and a term on edges: a few per cent of a picture and all of its shape."""
+    """L1 and L2 reconstruction, a small KL term, and one on edges: few of a picture's pixels, and all of its shape."""
 
     def __init__(self, config: AutoencodingConfig, vae: AutoencoderKL) -> None:
         self.config, self.student = config, Module(Reconstruction(vae))
@@ -207,12 +205,12 @@ class Autoencoding(Method):
         reconstruction, mean, logvar = self.student(x0, noise)
         error = reconstruction.float() - x0
         terms = {
-            "l1": error.abs().mean(),
+            "l1": self.config.l1_weight * error.abs().mean(),
+            "l2": self.config.l2_weight * error.square().mean(),
             "edge": self.config.edge_weight * edge_error(error),
             "kl": self.config.kl_weight * kl_to_standard(mean.float(), logvar.float()),
         }
-        metrics = {"mse": error.detach().square().mean(), "latent_std": mean.detach().float().std()}
-        return Losses(terms, metrics, float(len(batch)))
+        return Losses(terms, {"latent_std": mean.detach().float().std()}, float(len(batch)))
 
 
 @dataclass
@@ -279,15 +277,9 @@ def attribute_accuracy(judge: Judge, pixels: Tensor, labels: Tensor) -> dict[str
 
 
 @torch.no_grad()
-def reconstruct(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
-    """Decoded posterior means of pixels [B, 3, R, R], clipped to [-1, 1]."""
-    reconstruction: Tensor = vae.decode(vae.encode(pixels).latent_dist.mean).sample
-    return reconstruction.clamp(-1, 1)
-
-
 def reconstruction_accuracy(judge: Judge, vae: AutoencoderKL, pixels: Tensor, labels: Tensor) -> dict[str, float]:
-    """:func:`attribute_accuracy` of the autoencoder's round trip, and its mean absolute error under "l1"."""
-    made = reconstruct(vae, pixels)
+    """:func:`attribute_accuracy` of the decoded posterior means, and their mean absolute error under "l1"."""
+    made = vae.decode(vae.encode(pixels).latent_dist.mean).sample.clamp(-1, 1)
     return {**attribute_accuracy(judge, made, labels), "l1": float((made - pixels).abs().mean())}
 
 

@@ -18,7 +18,7 @@ def guide_scale(cond: Prediction, uncond: Prediction, guidance_scale: Tensor) ->
 
 
 def guide_w(cond: Prediction, uncond: Prediction, w: Tensor) -> Prediction:
-    """cond + w (cond - uncond) on x0 and on eps; w [B]. The convention of LCM (arXiv 2310.04378, eq. 13)."""
+    """cond + w (cond - uncond) on x0 and on eps; w [B]. The convention of LCM (arXiv 2310.04378, section 4.2)."""
     return Prediction(
         x0=cond.x0 + expand(w, cond.x0) * (cond.x0 - uncond.x0),
         eps=cond.eps + expand(w, cond.eps) * (cond.eps - uncond.eps),

@@ -13,7 +13,7 @@ CARD, TABLE, SAMPLES = "README.md", "results.md", "samples"
 
 
 def loading_lines(folder: str | Path, base: str | TeacherConfig, steps: int = 4, guidance_scale: float = 1.0) -> str:
-    """Lines of Diffusers code that load the base model and the adapter in `folder`, and make a picture; they run as pasted."""
+    """Diffusers code that loads the base model and the adapter in `folder` and makes a picture; it runs as pasted."""
     base = TeacherConfig(base) if isinstance(base, str) else base
     path = resolve(base.path)
     options = {} if is_single_file(path) else {"revision": base.revision, "variant": base.variant}
@@ -48,7 +48,7 @@ def base_model(teacher: TeacherConfig) -> str:
 
 
 def write_card(folder: Path, info: dict[str, Any], lines: str, run: Path) -> Path:
-    """Writes `folder/README.md` from the contents of stepdistill.json, with the newest picture and the table of `run`."""
+    """Writes `folder/README.md` from the facts in stepdistill.json, with the newest picture and the table of `run`."""
     path = folder / CARD
     path.write_text("\n\n".join([_front_matter(info), *_body(info, lines), *_shown(run)]) + "\n", encoding="utf-8")
     return path
@@ -75,19 +75,23 @@ def _body(info: dict[str, Any], lines: str) -> list[str]:
     counts = ", ".join(str(n) for n in info["steps"])
     rows = [
         f"- steps: {counts} (timesteps of {info['default_steps']}: {info['timesteps'][str(info['default_steps'])]})",
-        f"- guidance_scale: {info['guidance_scale']:g}; guidance is in the weights (w from {trained['w_min']:g} to "
-        f"{trained['w_max']:g}, that is guidance_scale {trained['w_min'] + 1:g} to {trained['w_max'] + 1:g}), and up to 1.5 "
-        "can be added",
-        f"- adapter: rank {student['rank']}, alpha {student['alpha']:g}, {student['modules']} modules, {info['weights']['dtype']}",
+        f"- guidance_scale: {info['guidance_scale']:g} (up to 1.5 works too); the weights hold guidance w from "
+        f"{trained['w_min']:g} to {trained['w_max']:g}, a guidance_scale of {trained['w_min'] + 1:g} to "
+        f"{trained['w_max'] + 1:g} of the base model",
+        f"- adapter: rank {student['rank']}, alpha {student['alpha']:g}, {student['modules']} modules, "
+        f"{info['weights']['dtype']}",
         "- made with " + ", ".join(f"{name} {number}" for name, number in info["versions"].items()),
     ]
     if student["rank"] != student["alpha"]:
-        rows.insert(3, f"- the strength alpha / rank = {student['alpha'] / student['rank']:g} is in the file's metadata, which "
-                       "Diffusers reads; set it by hand in a tool that doesn't")  # fmt: skip
+        strength = student["alpha"] / student["rank"]
+        rows.insert(
+            3,
+            f"- strength: alpha / rank = {strength:g}, in the file's metadata; set it by hand in a tool that reads none",
+        )
     return [
         f"# {info['method'].upper()}-LoRA of {info['base_model']['name']}",
-        f"A latent-consistency adapter for {info['base_model']['name']}: pictures in {info['steps'][0]} to {info['steps'][-1]} "
-        "steps without classifier-free guidance. Distilled with stepdistill.",
+        f"A latent-consistency adapter for {info['base_model']['name']}, made with stepdistill: pictures in "
+        f"{info['steps'][0]} to {info['steps'][-1]} steps without classifier-free guidance.",
         f"```python\n{lines}\n```",
         "## Details",
         "\n".join(rows),

@@ -1,9 +1,14 @@
-"""How a student is exported. Imports nothing heavy, so that recipes and the command line can read it first."""
+"""How a student is exported, and the record of a run. Imports nothing heavy: recipes and the command line read it first."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
+
+from ..errors import InputError
+
+CONFIG = "config.yaml"
 
 Verify = Literal["shared", "full", "none"]
 Dtype = Literal["fp32", "fp16", "bf16"]
@@ -15,9 +20,26 @@ class ExportConfig:
 
     Attributes:
         dtype: of the saved weights; training keeps fp32, and a pipeline in half precision casts on load.
-        verify: "shared" loads the export back beside the student on the same weights, "full" into a fresh pipeline, "none"
-            trusts it.
+        verify: "shared" loads the export back beside the student on the same weights, "full" into a fresh pipeline,
+            "none" trusts it.
     """
 
     dtype: Dtype = "fp32"
     verify: Verify = "shared"
+
+
+def read_config(run: Path) -> dict[str, Any]:
+    """The sections of `run/config.yaml`; InputError where there is none."""
+    import yaml  # type: ignore[import-untyped]
+
+    path = run / CONFIG
+    if not path.is_file():
+        raise InputError(f"expected a run folder with {CONFIG}, got {str(run)!r}; give the --output_dir of a training")
+    try:
+        sections = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"expected YAML in {path}, got: {' '.join(str(error).split())}; restore the file") from error
+    missing = [s for s in ("teacher", "student", "method") if not isinstance(sections, dict) or s not in sections]
+    if missing:
+        raise InputError(f"expected the sections {', '.join(missing)} in {path}; is this the folder of a distillation?")
+    return dict(sections)

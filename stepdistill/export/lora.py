@@ -1,7 +1,7 @@
 """A LoRA adapter as one safetensors file that stock Diffusers loads in full and at the right strength.
 
-Two things make it so. The keys are PEFT's own behind the component's name: Diffusers guesses the format from the first key,
-and with renamed attention keys beside others it drops most of the adapter with no more than a warning. And the rank and
+Two things make it so. The keys are PEFT's own behind the component's name: Diffusers guesses the format from the first
+key, and with renamed attention keys beside others it drops most of the adapter with no more than a warning. And rank and
 alpha travel as adapter metadata: without it the loader takes alpha = rank, which is another strength.
 """
 
@@ -29,10 +29,10 @@ def adapter_of(student: Network) -> tuple[Adapters, str]:
 
 
 def metadata(spec: LoraSpec, prefix: str) -> dict[str, str]:
-    """The file's metadata: the arguments of PEFT's LoraConfig that differ from their defaults, as sorted JSON under one key.
+    """The file's metadata: the arguments of PEFT's LoraConfig that are not defaults, as sorted JSON under one key.
 
-    One key, because safetensors writes several in random order; few arguments, because a LoraConfig of an older PEFT raises
-    for one that it does not know.
+    One key, because safetensors writes several in random order; few arguments, because an older PEFT raises for one that
+    it does not know.
     """
     config = spec.peft_config()
     arguments = {"r": config.r, "lora_alpha": config.lora_alpha, "target_modules": sorted(config.target_modules)}
@@ -57,7 +57,7 @@ def save_lora(student: Network, folder: str | Path, dtype: torch.dtype = torch.f
     bad = [key for key, value in tensors.items() if not bool(torch.isfinite(value).all())]
     if bad:
         raise InputError(
-            f"expected finite weights, got nan or inf in {len(bad)} of {len(tensors)} tensors as {dtype}, first {bad[0]}; "
+            f"expected finite weights, got nan or inf as {dtype} in {len(bad)} of {len(tensors)} tensors, first {bad[0]}; "
             "export an earlier checkpoint, or --export.dtype fp32"
         )
     path = Path(folder) / WEIGHTS

@@ -1,7 +1,7 @@
 """`stepdistill export RUN`: the student of a finished or running training, rebuilt from its folder and exported.
 
-The record is `RUN/config.yaml`, the resolved config that every recipe writes. Its sections `teacher`, `student`, `method` and
-`export` are read one by one into the dataclasses they were written from; the method is the one whose config has these fields.
+The record is `RUN/config.yaml`, the resolved config that every recipe writes. Its sections `teacher`, `student`, `method`
+and `export` are read one by one into the dataclasses they came from; the method is the one whose config has these fields.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import yaml
 
 from ..config import CommaList
 from ..errors import InputError
@@ -20,10 +19,9 @@ from ..methods.lcm import LCMConfig
 from ..networks.denoiser import Denoiser
 from ..networks.lora import StudentConfig
 from ..training.checkpoint import Checkpoint, CheckpointStore
-from .config import ExportConfig
+from .config import CONFIG, ExportConfig, read_config
 from .student import export_student
 
-CONFIG = "config.yaml"
 METHODS = (LCMConfig,)
 T = TypeVar("T")
 
@@ -35,7 +33,7 @@ def export_run(
     teacher: dict[str, Any] | None = None,
     export: dict[str, Any] | None = None,
 ) -> Path:
-    """Exports the student of `run`; the averaged weights where the training kept an average. Returns the folder written.
+    """Exports the student of `run`, its averaged weights where training kept an average; returns the folder written.
 
     Args:
         run: the run folder, with config.yaml and checkpoints/.
@@ -61,21 +59,6 @@ def export_run(
     return export_student(output_dir or run, model, student, teacher_config, method, export_config, run)
 
 
-def read_config(run: Path) -> dict[str, Any]:
-    """The sections of `run/config.yaml`; InputError where there is none."""
-    path = run / CONFIG
-    if not path.is_file():
-        raise InputError(f"expected a run folder with {CONFIG}, got {str(run)!r}; give the --output_dir of a training")
-    try:
-        sections = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"expected YAML in {path}, got: {' '.join(str(error).split())}; restore the file") from error
-    missing = [s for s in ("teacher", "student", "method") if not isinstance(sections, dict) or s not in sections]
-    if missing:
-        raise InputError(f"expected the sections {', '.join(missing)} in {path}; is this the folder of a distillation?")
-    return dict(sections)
-
-
 def method_class(sections: dict[str, Any]) -> type[LCMConfig]:
     """The config class of the method that trained the run: the one that has every field of the section."""
     keys = set(sections["method"] or {})
@@ -91,7 +74,10 @@ def _section(cls: type[T], sections: dict[str, Any], name: str) -> T:
     values = dict(sections.get(name) or {})
     known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
     if unknown := set(values) - known:
-        raise InputError(f"expected fields {sorted(known)} in section {name} of {CONFIG}, got also {sorted(unknown)}")
+        raise InputError(
+            f"expected the fields {', '.join(sorted(known))} in section {name} of {CONFIG}, got also "
+            f"{', '.join(sorted(unknown))}; was it written by another version?"
+        )
     if values.get("targets") is not None:
         values["targets"] = CommaList.parse(values["targets"])
     return cls(**values)
@@ -99,19 +85,19 @@ def _section(cls: type[T], sections: dict[str, Any], name: str) -> T:
 
 @torch.no_grad()
 def load_student(student: Denoiser, checkpoint: Checkpoint) -> None:
-    """Puts the checkpoint's weights into the student: the average under `student.ema` if there is one, else `student`."""
+    """Puts the checkpoint's weights into the student: the average in `student.ema` if there is one, else `student`."""
     saved = checkpoint.tensors("student.ema") or checkpoint.tensors("student")
     named = student.named_trainable()
     if saved.keys() != named.keys():
         odd = sorted(saved.keys() ^ named.keys())
         raise InputError(
-            f"expected the {len(named)} tensors of this student in {checkpoint.path}, got {len(saved)}, {len(odd)} of them "
-            f"others, first {odd[0]}; do --student.* and --teacher.path in {CONFIG} belong to this checkpoint?"
+            f"expected the {len(named)} tensors of this student in {checkpoint.path}, got {len(saved)}; {len(odd)} are in one "
+            f"only, first {odd[0]}; do `student` and `teacher` in {CONFIG} belong to this checkpoint?"
         )
     for name, parameter in named.items():
         if saved[name].shape != parameter.shape:
             raise InputError(
-                f"expected {name} of shape {tuple(parameter.shape)}, got {tuple(saved[name].shape)} in {checkpoint.path}; "
+                f"expected {name} of shape {tuple(parameter.shape)} in {checkpoint.path}, got {tuple(saved[name].shape)}; "
                 f"is the rank in {CONFIG} the one of this checkpoint?"
             )
         parameter.copy_(saved[name])

@@ -1,4 +1,4 @@
-"""How a student wants to be sampled: the stock scheduler that visits the times it was trained at, steps and guidance."""
+"""How a student is sampled: the stock scheduler that visits the times it was trained at, steps and guidance."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def sampling(method: LCMConfig, model: Model) -> Sampling:
 def lcm_sampling(method: LCMConfig, model: Model) -> Sampling:
     """LCMScheduler on the grid of the training (arXiv 2310.04378), without guidance, which the student has learned.
 
-    Raises InputError where LCMScheduler can't sample what would be trained; call it before the training to know in time.
+    Raises InputError where LCMScheduler can't sample what is trained; call it before the training to know in time.
     """
     if method.sigma_data != LCM_SIGMA_DATA:
         raise InputError(
@@ -83,8 +83,8 @@ def _lcm_scheduler(method: LCMConfig, model: Model) -> Any:
         )
     except NotImplementedError as error:
         raise InputError(
-            f"expected a beta_schedule that LCMScheduler knows, got {config.get('beta_schedule')!r}; give the teacher's "
-            "scheduler config `trained_betas` instead"
+            f"expected a beta_schedule that LCMScheduler knows, got {config.get('beta_schedule')!r}; give `trained_betas` "
+            "in the teacher's scheduler config instead"
         ) from error
     knots = (torch.arange(len(scheduler.alphas_cumprod), dtype=torch.float64) + 1.0) / len(scheduler.alphas_cumprod)
     trained = model.denoiser.schedule.alpha(knots) ** 2

@@ -1,6 +1,6 @@
 """From a trained student to a run folder that stock Diffusers loads: adapter, scheduler, facts and a model card.
 
-Everything is written into a hidden folder, checked there, and renamed into place: a failed export leaves the old one as it was.
+Everything is written into a hidden folder, checked there and renamed into place: a failed export leaves an old one alone.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def export_student(
 def facts(
     student: Denoiser, teacher: TeacherConfig, plan: Sampling, config: ExportConfig, weights: Path
 ) -> dict[str, Any]:
-    """The contents of stepdistill.json: all that a program needs to sample the student and to say where it comes from."""
+    """The contents of stepdistill.json: what a program needs to sample the student and to say where it comes from."""
     adapters, name = adapter_of(student)
     spec = adapters.specs[name]
     return {

@@ -7,6 +7,7 @@ strength in each, and the output of the network on the same latents, timestep an
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -37,8 +38,8 @@ class ExportError(RuntimeError):
 def verify(folder: str | Path, model: Model, student: Denoiser, teacher: TeacherConfig, how: Verify = "shared") -> None:
     """Loads the adapter in `folder` through the stock pipeline's `load_lora_weights` and compares it with `student`.
 
-    Outputs must be equal to the bit. Where the file or the base is in half precision, so that Diffusers rounds the adapter,
-    the student is rounded in the same way for the comparison.
+    Outputs must be equal to the bit. Where the file or the base is in half precision, so that the adapter is rounded on its
+    way, the student is rounded in the same way for the comparison.
 
     Args:
         folder: holds pytorch_lora_weights.safetensors.
@@ -53,6 +54,8 @@ def verify(folder: str | Path, model: Model, student: Denoiser, teacher: Teacher
     if how == "none":
         return
     adapters, name = adapter_of(student)
+    student = copy.copy(student)
+    student.net = student.module  # no wrapper: one process of several may be alone here
     pipeline: Any = model.pipeline(student)
     prefix = component(pipeline)
     saved = _compare_tensors(Path(folder), {f"{prefix}.{k}": p for k, p in adapters.parameters(name).items()})
@@ -194,7 +197,7 @@ def _compare_outputs(found: Tensor, expected: Tensor) -> None:
     if not torch.equal(found, expected):  # nan is unequal too
         difference = (found.double() - expected.double()).abs().max().item()
         raise ExportError(
-            f"the loaded adapter computes something else: outputs differ by up to {difference:.3g} where the largest is "
-            f"{expected.abs().max().item():.3g}, though tensors, modules and strengths agree; is the base model another one, "
-            "or were its weights changed?"
+            f"the loaded adapter computes something else: outputs differ by up to {difference:.3g} where the largest "
+            f"is {expected.abs().max().item():.3g}, though tensors, modules and strengths agree; is the base model another "
+            "one, or were its weights changed?"
         )

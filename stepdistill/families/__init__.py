@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..errors import InputError
-from .model import Model, TeacherConfig
+from .config import TeacherConfig
+from .model import Model
 
 if TYPE_CHECKING:
     import torch

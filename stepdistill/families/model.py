@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -14,23 +13,6 @@ from ..networks.denoiser import Denoiser
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
-
-
-@dataclass
-class TeacherConfig:
-    """Which checkpoint to distil.
-
-    Attributes:
-        path: a Diffusers folder, a hub id, a single-file checkpoint, or "demo" for the small teacher that ships.
-        revision: branch, tag or commit on the hub.
-        variant: file variant, e.g. fp16.
-        vae: another autoencoder's folder or hub id, e.g. madebyollin/sdxl-vae-fp16-fix.
-    """
-
-    path: str = "demo"
-    revision: str | None = None
-    variant: str | None = None
-    vae: str | None = None
 
 
 class Model(ABC):

@@ -14,7 +14,8 @@ from ..diffusion.schedule import Tabulated
 from ..errors import InputError
 from ..networks.denoiser import Denoiser
 from .loading import load_pipeline, load_vae
-from .model import Model, TeacherConfig
+from .config import TeacherConfig
+from .model import Model
 from .schedules import from_scheduler
 
 if TYPE_CHECKING:
@@ -47,7 +48,8 @@ class UNet(Denoiser):
         return self.net(x_t.to(self.dtype), timestep, encoder_hidden_states=embeds, return_dict=False)[0]
 
     def checkpoint_activations(self) -> None:
-        self.module.enable_gradient_checkpointing()
+        module: Any = self.module
+        module.enable_gradient_checkpointing()
 
 
 class StableDiffusion(Model):
@@ -146,10 +148,11 @@ class StableDiffusion(Model):
 
     def fingerprint(self) -> str:
         digest = hashlib.blake2b(digest_size=16)
-        digest.update(repr((self.vae.config.scaling_factor, self.tokenizer.model_max_length)).encode())
+        scale, shift = self.vae.config.scaling_factor, self.vae.config.shift_factor
+        digest.update(repr((scale, shift, self._uses_mask(), self.tokenizer.model_max_length)).encode())
         digest.update(repr(sorted(self.tokenizer.get_vocab().items())).encode())
         for module in (self.vae, self.text_encoder):
             for name, value in sorted(module.state_dict().items()):
                 digest.update(name.encode())
-                digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+                digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()

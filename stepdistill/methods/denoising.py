@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..batch import Batch, Cond
 from ..diffusion.losses import min_snr, mse
-from ..diffusion.prediction import target
+from ..diffusion.prediction import coefficients, target
 from ..diffusion.schedule import Tabulated
 from ..diffusion.timesteps import logit_normal, uniform
 from ..errors import InputError
@@ -78,21 +78,12 @@ class Denoising(Method):
         output = self.student.output(x_t, t, self.drop_prompts(batch)).to(wanted.dtype)
         loss = mse(output, wanted)
         if self.config.snr_gamma is not None:
-            loss = loss * self._weight(t).to(loss)
+            loss = loss * self._weight(t, self.config.snr_gamma).to(loss)
         return Losses({"denoising": loss.mean()}, count=len(batch))
 
-    def _weight(self, t: Tensor) -> Tensor:
+    def _weight(self, t: Tensor, gamma: float) -> Tensor:
         """min(SNR, gamma) on the x0 error (eq. 3), as a factor on the error of the output's own kind, [B]."""
-        snr = self.schedule.snr(t)
-        assert self.config.snr_gamma is not None
-        weight = min_snr(snr, self.config.snr_gamma)
-        # |x0 error|^2 = |output error|^2 / f:  f = SNR for eps, SNR + 1 for v on VP, 1 for x0, (alpha + sigma)^2-like for flow
-        if self.student.predicts == "x0":
-            return weight
-        if self.student.predicts == "eps":
-            return weight / snr
-        a, b = self.schedule.alpha(t), self.schedule.sigma(t)
-        if self.student.predicts == "v":
-            return weight * b**2 / (a**2 + b**2) ** 2
-        d_a, d_b = self.schedule.rates(t)
-        return weight * (b / (d_a * b - d_b * a)) ** 2
+        a, b = coefficients(self.student.predicts, self.schedule, t)
+        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+        # at a given x_t, an error e of the output is one of sigma e / (a sigma - b alpha) of x0: the 2x2 solve's first row
+        return min_snr(self.schedule.snr(t), gamma) * (sigma / (a * sigma - b * alpha)) ** 2

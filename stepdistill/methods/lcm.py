@@ -95,12 +95,10 @@ class LCM(Method):
 
         jump = self.consistency(x_t, t, self.student(x_t, t, cond))
         with torch.no_grad():
-            x_s = ddim(self.schedule, self.guided(x_t, t, cond, batch.uncond, w), s)  # eq. 14: Psi with guidance w
+            x_s = ddim(self.schedule, self.guided(x_t, t, cond, batch.uncond, w), s)  # section 4.2: Psi with guidance w
             target = self.consistency(x_s, s, self.student(x_s, s, cond))  # theta^-: adapters ON, no gradient
-        if self.config.loss_type == "huber":
-            loss = pseudo_huber(jump, target, self.config.huber_c)
-        else:
-            loss = mse(jump, target)
+        huber = self.config.loss_type == "huber"
+        loss = pseudo_huber(jump, target, self.config.huber_c) if huber else mse(jump, target)
         return Losses({"consistency": loss.mean()}, count=len(batch))
 
     def guided(self, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond, w: Tensor) -> Prediction:
@@ -109,10 +107,10 @@ class LCM(Method):
             return self.teacher(x_t, t, cond)
         both = self.teacher(torch.cat([x_t, x_t]), torch.cat([t, t]), concat(cond, uncond))
         with_prompt, without = both.chunk(2)
-        return guide_w(with_prompt, without, w)  # eq. 13, on x0 and on eps
+        return guide_w(with_prompt, without, w)  # section 4.2, on x0 and on eps
 
     def consistency(self, x: Tensor, t: Tensor, prediction: Prediction) -> Tensor:
-        """f(x, t) = c_skip x + c_out x0_hat (eq. 9), which is x itself at the end of the grid."""
+        """f(x, t) = c_skip x + c_out x0_hat (section 4.1), which is x itself at the end of the grid."""
         if isinstance(self.schedule, Tabulated):
             index = self.schedule.index(t)
             c_skip, c_out = lcm_scalings(index, self.config.timestep_scaling, self.config.sigma_data)

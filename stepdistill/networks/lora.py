@@ -1,7 +1,7 @@
 """Named LoRA adapters (arXiv 2106.09685) over one base module: one copy of the base in memory for student and teacher.
 
 PEFT makes and runs the layers. What is ours is the switch: PEFT's own enable / disable flips `requires_grad` of every
-adapter, which silently changes what trains, and walks all parameters to do so; :meth:`Adapters.use` sets what the layers
+adapter, which silently changes what trains, and walks all parameters for it; :meth:`Adapters.use` sets what the layers
 read in their forward and nothing else.
 """
 
@@ -167,7 +167,7 @@ class Adapters:
             parameter.requires_grad_(flag)
 
     def _switch(self, name: str | None) -> None:
-        # the two attributes that PEFT's layers read; its setters would flip requires_grad (40 ms for the 276 layers of SD)
+        # the two attributes that PEFT's layers read; its setters flip requires_grad too (40 ms for the 276 layers of SD)
         for layer in self._layers.values():
             layer._disable_adapters = name is None
             if name is not None:
@@ -193,7 +193,7 @@ class Adapters:
     def guest(self, name: str, load: Callable[[], None]) -> Iterator[None]:
         """Within it the module computes with the adapter that `load` adds as `name`; afterwards it is as it was before.
 
-        For checking an exported file on the module it was trained on. `load` must adapt no module that has no adapter yet.
+        For checking an exported file on the module it was trained on. `load` must not adapt a module without adapters.
         """
         before, flags = self.current, self._flags()
         active = [list(layer.active_adapters) for layer in self._layers.values()]

@@ -68,6 +68,11 @@ class TrainConfig:
         for name in ("lr_warmup_steps", "validation_steps", "max_grad_norm", "adam_weight_decay", "seed"):
             if not getattr(self, name) >= 0:
                 raise InputError(f"expected {name} >= 0, got {getattr(self, name)}; fix --train.{name}")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise InputError(f"expected {name} in [0, 1), got {getattr(self, name)}; fix --train.{name}")
+        if not self.adam_epsilon > 0:
+            raise InputError(f"expected adam_epsilon > 0, got {self.adam_epsilon}; fix --train.adam_epsilon")
         if not self.learning_rate > 0:
             raise InputError(f"expected learning_rate > 0, got {self.learning_rate}; fix --train.learning_rate")
         if self.ema_decay is not None and not 0.0 <= self.ema_decay < 1.0:

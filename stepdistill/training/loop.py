@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -22,7 +22,7 @@ from ..method import Method, Phase
 from ..networks.ema import EMA
 from ..randomness import StepRandom, derived_seed
 from .checkpoint import CheckpointStore
-from .optimization import Role, Sums, lr_factor
+from .optimization import NonFiniteError, Role, Sums, lr_factor
 from .snapshot import restore, snapshot
 from .trackers import MetricsLog, Progress, Trackers
 
@@ -30,28 +30,31 @@ if TYPE_CHECKING:
     from .trainer import Trainer
 
 
-class NonFiniteError(RuntimeError):
-    """A loss or gradient norm became NaN or infinite; the weights are those of before the step."""
+SMALLEST_SCALE = 1e-4  # of fp16's loss scaler; gradients that overflow below it are broken, not large
 
 
 class Fit:
     """The state of one :meth:`Trainer.fit`."""
 
-    def __init__(self, trainer: Trainer, method: Method, name: str, steps: int) -> None:
+    def __init__(self, trainer: Trainer, method: Method, data: DataSet, name: str, steps: int) -> None:
         if name.isdigit():
             raise ValueError(f"expected a fit name that is no number, got {name!r}")
-        self.trainer, self.method, self.name, self.steps = trainer, method, name, steps
+        if len(data) < 1:
+            raise InputError("expected a data set with at least one sample, got none")
+        self.trainer, self.method, self.data, self.name, self.steps = trainer, method, data, name, steps
         self.config, self.accelerator = trainer.config, trainer.accelerator
-        self.start = trainer.step  # the global step at which the round began
+        self.first = self.start = trainer.step  # the global steps at which the fit and the round began
         self.round = 0
         self.networks = method.networks()
-        self.trained = {role for phase in method.phases() for role in phase.trains}
+        trained = {role for phase in method.phases() for role in phase.trains}
+        if trained - self.networks.keys():
+            raise ValueError(f"expected phases that train some of {sorted(self.networks)}, got {sorted(trained)}")
         for network in self.networks.values():
             network.module.to(trainer.device)
         self.roles = {
-            role: Role(role, network, self.config, self.accelerator)
-            for role, network in self.networks.items()
-            if role in self.trained
+            n: Role(n, network, self.config, self.accelerator.scaler)
+            for n, network in self.networks.items()
+            if n in trained
         }
         self.ema = self._new_ema()
         self.store = CheckpointStore(trainer.folder / "checkpoints" / name, self.config.checkpoints_total_limit)
@@ -69,19 +72,31 @@ class Fit:
     def resume(self) -> None:
         """Loads the checkpoint asked for, if there is one, and prepares the run folder."""
         which, trainer = self.config.resume_from_checkpoint, self.trainer
-        found = None if which is None else self.store.find("latest" if self.name else which)
-        if found is not None:
-            restore(self, found)
-            self.accelerator.print(f"resuming from {found.path} (step {found.step})")
+        if which is not None:
+            if self.name and which != "latest":
+                raise InputError(
+                    f"expected --train.resume_from_checkpoint latest in a run of named fits, got {which!r}; remove newer "
+                    f"checkpoints of fit {self.name!r} to go back"
+                )
+            found = self.store.find(which)
+            if found is None:
+                self.accelerator.print(f"no checkpoint in {self.store.folder}: starting from step {trainer.step}")
+            else:
+                restore(self, found)
+                self.accelerator.print(f"resuming from {found.path} (step {found.step})")
         if trainer.is_main:
             trainer.folder.mkdir(parents=True, exist_ok=True)
             if trainer.config_yaml:
                 (trainer.folder / "config.yaml").write_text(trainer.config_yaml)
-        self.metrics.rewind(trainer.step)
-        self.trackers = Trackers(
-            self.config.report_to, trainer.folder, vars(self.config), trainer.step, trainer.is_main
-        )
         self.accelerator.wait_for_everyone()
+
+    def open_logs(self) -> None:
+        """Takes back what was told of later steps. Not before a step is to be made: a finished fit has later ones."""
+        if self.trackers is None:
+            self.metrics.rewind(self.trainer.step)
+            self.trackers = Trackers(
+                self.config.report_to, self.trainer.folder, vars(self.config), self.trainer.step, self.trainer.is_main
+            )
 
     def save(self) -> None:
         """One checkpoint of this moment, unless it has just been saved."""
@@ -93,12 +108,10 @@ class Fit:
 
     # -- rounds and steps ---------------------------------------------------------------------------------------------
 
-    def rounds(
-        self, data: DataSet, on_validate: Callable[[int], None] | None, on_round: Callable[[int], None] | None
-    ) -> None:
+    def rounds(self, on_validate: Callable[[int], None] | None, on_round: Callable[[int], None] | None) -> None:
         """All rounds to their ends. A round ends with its EMA as its weights; the next begins with a fresh optimizer."""
         while True:
-            self.one_round(data, on_validate)
+            self.one_round(on_validate)
             self.save()
             if self.ema is not None:
                 self.ema.fold()
@@ -112,69 +125,91 @@ class Fit:
             self.ema = self._new_ema()
             self.save()
 
-    def one_round(self, data: DataSet, on_validate: Callable[[int], None] | None) -> None:
+    def one_round(self, on_validate: Callable[[int], None] | None) -> None:
         """Steps from where the run is to the end of the round."""
         trainer, end = self.trainer, self.start + self.steps
-        if len(data) < 1:
-            raise InputError("expected a data set with at least one sample, got none")
+        if trainer.step < end:
+            self.open_logs()
         progress = Progress(end, trainer.step, self.name or type(self.method).__name__, trainer.is_main)
-        while trainer.step < end:
-            began = time.perf_counter()
-            lr = self.config.learning_rate * lr_factor(self.config, trainer.step - self.start, self.steps)
-            row = self.one_step(data, lr)
-            trainer.step += 1
-            seconds = time.perf_counter() - began
-            row = {"step": trainer.step, **row, "learning_rate": lr, "seconds": round(seconds, 4)}
-            self.log(row)
-            progress.update(trainer.step, row["loss"], lr, seconds)
-            if trainer.step % self.config.checkpointing_steps == 0:
-                self.save()
-            if self.config.validation_steps and trainer.step % self.config.validation_steps == 0:
-                self.validate(on_validate)
-            if self._all_stop():
-                self.save()
-                progress.close()
-                self.accelerator.print(f"stopped by SIGTERM; step {trainer.step} is saved")
-                raise SystemExit(143)
-        progress.close()
+        with closing(progress):
+            while trainer.step < end:
+                self.step_and_tell(progress)
+                if trainer.step % self.config.checkpointing_steps == 0:
+                    self.save()
+                if self.config.validation_steps and trainer.step % self.config.validation_steps == 0:
+                    self.validate(on_validate)
+                if self._all_stop():
+                    self.save()
+                    self.accelerator.print(f"stopped by SIGTERM; step {trainer.step} is saved")
+                    raise SystemExit(143)
 
-    def one_step(self, data: DataSet, lr: float) -> dict[str, float]:
+    def step_and_tell(self, progress: Progress) -> None:
+        """One step, its row in metrics.jsonl and the trackers, and the progress."""
+        began = time.perf_counter()
+        lr = self.config.learning_rate * lr_factor(self.config, self.trainer.step - self.start, self.steps)
+        row = self.one_step(lr)
+        self.trainer.step += 1
+        seconds = time.perf_counter() - began
+        row = {"step": self.trainer.step, **row, "learning_rate": lr, "seconds": round(seconds, 4)}
+        self.metrics.write(row)
+        if self.trackers is not None:
+            self.trackers.log(row, self.trainer.step)
+        progress.update(self.trainer.step, row.get("loss", math.nan), lr, seconds)
+
+    def one_step(self, lr: float) -> dict[str, float]:
         """All phases of one step on one global batch; returns the logged means."""
         method, trainer = self.method, self.trainer
         method.step = trainer.step
-        batches = self.micro_batches(data)
+        batches = self.micro_batches()
         row: dict[str, float] = {}
-        for number, phase in enumerate(method.phases()):
+        phases = method.phases()
+        for number, phase in enumerate(phases):
             if trainer.step % phase.every == 0:
-                row.update(self.one_phase(number, phase, batches, lr))
+                means = self.one_phase(number, phase, batches, lr)
+                if len(phases) > 1:
+                    row[f"loss/{'+'.join(phase.trains)}"] = means["loss"]
+                row.update(means)
         with torch.no_grad():
             method.after_step()
             if self.ema is not None:
                 self.ema.update()
+        for batch in batches:  # a data set may hand out the same Batch again
+            batch.memo.clear()
         return row
 
     def one_phase(self, number: int, phase: Phase, batches: list[Batch], lr: float) -> dict[str, float]:
         """Gradients of all micro-batches, then one optimizer step of each role this phase trains."""
         sums = Sums()
-        with self.learning(phase):
+        with self.learning(phase.trains):
             for i, batch in enumerate(batches):
                 self.seed_globally(number, i)
-                with self.sync_only_if_last(i == len(batches) - 1, phase):
+                with self.sync_only_if_last(i == len(batches) - 1, phase.trains):
                     with self.accelerator.autocast():
                         losses = phase.loss(batch)
                     self.accelerator.backward(losses.total * losses.count)
                 sums.add(losses)
             means, count = sums.means(self.accelerator)
-            if not all(math.isfinite(v) for v in means.values()):
+            if not math.isfinite(means["loss"]):  # metrics may be NaN
                 self._not_finite(f"loss ({', '.join(f'{k} = {v:g}' for k, v in means.items())})", phase)
             # DDP averaged over processes: a true mean over the global batch needs world size / total count
             scale = self.accelerator.num_processes / count
-            for role in phase.trains:
-                norm = self.roles[role].step(lr, scale)
-                if not math.isfinite(norm) and self.accelerator.scaler is None:
-                    self._not_finite(f"gradient norm of {role} ({norm})", phase)
-                means["grad_norm" if len(self.roles) == 1 else f"grad_norm/{role}"] = norm
+            norms = {role: self.roles[role].clip(scale) for role in phase.trains}
+            self._step(norms, phase, lr)
+        for role, norm in norms.items():
+            means["grad_norm" if len(self.roles) == 1 else f"grad_norm/{role}"] = norm
         return means
+
+    def _step(self, norms: dict[str, float], phase: Phase, lr: float) -> None:
+        """Steps the roles of `norms`: all of them, or none where one norm is not finite."""
+        scaler = self.accelerator.scaler
+        for role, norm in norms.items():
+            # an overflow in fp16 is what the scaler is there for: it skips the step and lowers its scale
+            if not math.isfinite(norm) and (scaler is None or scaler.get_scale() < SMALLEST_SCALE):
+                self._not_finite(f"gradient norm of {role} ({norm})", phase)
+        for role in norms:
+            self.roles[role].step(lr)
+        if scaler is not None:
+            scaler.update()  # once for all roles, since their gradients came with one scale
 
     def _not_finite(self, what: str, phase: Phase) -> None:
         raise NonFiniteError(
@@ -182,16 +217,17 @@ class Fit:
             "changed by it. Lower --train.learning_rate, use bf16 instead of fp16, or look at this batch's data"
         )
 
-    def micro_batches(self, data: DataSet) -> list[Batch]:
+    def micro_batches(self) -> list[Batch]:
         """This process's share of the global batch, cut into micro-batches."""
         size, parts = self.config.train_batch_size, self.config.gradient_accumulation_steps
         first = int(self.accelerator.process_index) * size * parts
         batches = []
         for i in range(parts):
             positions = range(first + i * size, first + (i + 1) * size)
-            chosen = indices(self.config.seed, self.trainer.step, positions, self.trainer.global_batch_size, len(data))
+            whole = self.trainer.global_batch_size
+            chosen = indices(self.config.seed, self.trainer.step, positions, whole, len(self.data))
             rng = StepRandom(self.config.seed, self.trainer.step, positions)
-            batches.append(data.batch(chosen, rng).to(self.trainer.device))
+            batches.append(self.data.batch(chosen, rng).to(self.trainer.device))
         return batches
 
     def seed_globally(self, phase: int, micro_batch: int) -> None:
@@ -200,12 +236,12 @@ class Fit:
         torch.manual_seed(derived_seed(self.config.seed, self.trainer.step, "global", phase, micro_batch, rank))
 
     @contextmanager
-    def learning(self, phase: Phase) -> Iterator[None]:
-        """Within it only the roles of this phase require grad."""
+    def learning(self, trains: Sequence[str]) -> Iterator[None]:
+        """Within it only these roles require grad."""
         flags = [(p, p.requires_grad) for role in self.roles.values() for p in role.parameters]
         for name, role in self.roles.items():
             for parameter in role.parameters:
-                parameter.requires_grad_(name in phase.trains)
+                parameter.requires_grad_(name in trains)
         try:
             yield
         finally:
@@ -213,11 +249,11 @@ class Fit:
                 parameter.requires_grad_(flag)
 
     @contextmanager
-    def sync_only_if_last(self, last: bool, phase: Phase) -> Iterator[None]:
+    def sync_only_if_last(self, last: bool, trains: Sequence[str]) -> Iterator[None]:
         """Gradients cross processes in the last micro-batch, and only those of the roles that train."""
         with ExitStack() as stack:
             for name, role in self.roles.items():
-                if not (last and name in phase.trains):
+                if not (last and name in trains):
                     stack.enter_context(self.accelerator.no_sync(role.network.net))
             yield
 
@@ -229,8 +265,10 @@ class Fit:
             return
         bare = {name: role.network.net for name, role in self.roles.items()}
         devices = [self.trainer.device.index] if self.trainer.device.type == "cuda" else None
-        for role in self.roles.values():
-            role.network.net = DistributedDataParallel(role.network.net, device_ids=devices, broadcast_buffers=False)
+        for name, role in self.roles.items():
+            with self.learning((name,)):  # DDP waits for all that requires grad now, and roles may share one base
+                net = DistributedDataParallel(role.network.net, device_ids=devices, broadcast_buffers=False)
+            role.network.net = net
         try:
             yield
         finally:
@@ -238,12 +276,6 @@ class Fit:
                 role.network.net = bare[name]
 
     # -- what is told -------------------------------------------------------------------------------------------------
-
-    def log(self, row: dict[str, Any]) -> None:
-        """One row for metrics.jsonl and the trackers."""
-        self.metrics.write(row)
-        if self.trackers is not None:
-            self.trackers.log(row, self.trainer.step)
 
     def validate(self, on_validate: Callable[[int], None] | None) -> None:
         """The recipe's samples, with EMA weights, on the main process; training randomness is not touched."""

@@ -1,4 +1,4 @@
-"""One optimizer step of one role: learning rate, gradient scale, finite check, clipping."""
+"""One optimizer step: learning rate, gradient scale, clipping, loss scaling; and the losses on their way to means."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ from torch import Tensor
 from ..method import Losses
 from ..networks.network import Network
 from .config import TrainConfig
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient norm became NaN or infinite; the weights are those of before the step."""
 
 
 def lr_factor(config: TrainConfig, step: int, total: int) -> float:
@@ -42,48 +46,55 @@ def make_optimizer(config: TrainConfig, network: Network) -> torch.optim.Optimiz
 
 
 class Role:
-    """A trained network with its optimizer, wrapped for mixed precision by Accelerate."""
+    """A trained network with its optimizer.
 
-    def __init__(self, name: str, network: Network, config: TrainConfig, accelerator: Any) -> None:
-        self.name, self.network, self.config, self.accelerator = name, network, config, accelerator
+    The roles of a phase step together: :meth:`clip` for all of them, a look at the norms, then :meth:`step`.
+
+    Args:
+        name: the role.
+        network: whose trainable parameters are stepped.
+        config: optimizer and clipping.
+        scaler: fp16's loss scaler, which the trainer updates once all roles have stepped; None in other precisions.
+    """
+
+    def __init__(self, name: str, network: Network, config: TrainConfig, scaler: torch.amp.GradScaler | None) -> None:
+        self.name, self.network, self.config, self.scaler = name, network, config, scaler
         self.parameters = network.trainable()
         self.reset()
 
     def reset(self) -> None:
         """A fresh optimizer: at the start of a fit and of each round."""
-        self.optimizer = self.accelerator.prepare_optimizer(
-            make_optimizer(self.config, self.network), device_placement=False
-        )
+        self.optimizer = make_optimizer(self.config, self.network)
 
-    def step(self, lr: float, gradient_scale: float) -> float:
-        """Scales the gradients, checks them, clips, steps, and clears them.
-
-        Returns:
-            The gradient norm before clipping. If it is not finite nothing is stepped, except that fp16's loss scaler
-            may do what it is there for: skip the step and lower its scale.
-        """
-        self.accelerator.unscale_gradients(self.optimizer)
+    def clip(self, gradient_scale: float) -> float:
+        """Multiplies the gradients by `gradient_scale` and clips them; returns their norm before clipping."""
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         if not gradients:
             raise ValueError(f"no gradient reached {self.name!r}: its loss does not depend on its trainable parameters")
         torch._foreach_mul_(gradients, gradient_scale)
         limit = self.config.max_grad_norm or math.inf
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
-        if math.isfinite(norm) or self.accelerator.scaler is not None:
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
+        return float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
+
+    def step(self, lr: float) -> None:
+        """One optimizer step; clears the gradients. A loss scaler skips the step where gradients overflowed."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        if self.scaler is None:
             self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
         self.optimizer.zero_grad(set_to_none=True)
-        return norm
 
     def optimizer_state(self) -> dict[str, Any]:
         """The optimizer's state_dict."""
-        state: dict[str, Any] = self.optimizer.optimizer.state_dict()
-        return state
+        return self.optimizer.state_dict()
 
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
-        """Restores :meth:`optimizer_state`."""
-        self.optimizer.optimizer.load_state_dict(state)
+        """Restores the moments of :meth:`optimizer_state`; betas, decay and epsilon stay those of the config."""
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({**state, "param_groups": groups})
 
 
 class Sums:

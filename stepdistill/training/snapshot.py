@@ -15,9 +15,16 @@ if TYPE_CHECKING:
     from .loop import Fit
 
 
-def identity(fit: Fit) -> dict[str, int]:
+def identity(fit: Fit) -> dict[str, Any]:
     """What a resumed run must have in common with the one it continues, or its samples and noise would differ."""
-    return {"seed": fit.config.seed, "global batch size": fit.trainer.global_batch_size}
+    return {
+        "method": type(fit.method).__name__,
+        "roles": sorted(fit.roles),
+        "seed": fit.config.seed,
+        "global batch size": fit.trainer.global_batch_size,
+        "number of samples": len(fit.data),
+        "first step": fit.first,
+    }
 
 
 def snapshot(fit: Fit) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
@@ -49,7 +56,7 @@ def restore(fit: Fit, checkpoint: Checkpoint) -> None:
         if state["run"][key] != now:
             raise InputError(
                 f"expected {key} {state['run'][key]} as in {place}, got {now}; set it back (seed, batch size, accumulation, "
-                "processes), or start anew with another --output_dir"
+                "processes, data, steps of earlier fits), or start anew with another --output_dir"
             )
     if (fit.ema is None) != ("ema_updates" not in state):
         raise InputError(f"expected the EMA setting of {place}; set --train.ema_decay back, or start anew elsewhere")
@@ -72,8 +79,9 @@ def copy_into(live: dict[str, Tensor], saved: dict[str, Tensor], what: str) -> N
     odd = [n for n in live.keys() | saved.keys() if n not in live or n not in saved or live[n].shape != saved[n].shape]
     if odd:
         raise InputError(
-            f"expected the tensors of {what}, got {len(odd)} of other names or shapes ({', '.join(sorted(odd)[:3])}); this run's "
-            "networks differ from the saved ones: set the teacher, rank and targets back, or start anew with another --output_dir"
+            f"expected the tensors of {what}, got {len(odd)} of other names or shapes ({', '.join(sorted(odd)[:3])}); this "
+            "run's networks differ from the saved ones: set the teacher, rank and targets back, or start anew with another "
+            "--output_dir"
         )
     with torch.no_grad():
         for name, value in live.items():

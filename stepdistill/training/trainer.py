@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,8 @@ from ..data.order import DataSet
 from ..errors import InputError
 from ..method import Method
 from .config import TrainConfig
-from .loop import Fit, NonFiniteError
+from .loop import Fit
+from .optimization import NonFiniteError
 
 __all__ = ["NonFiniteError", "Trainer"]
 
@@ -37,8 +39,10 @@ class Trainer:
         except ValueError as error:
             raise InputError(f"expected a precision this device has: {error}; fix --train.mixed_precision") from error
         if config.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses to be deterministic
             torch.use_deterministic_algorithms(True)
         self.step = 0
+        self._fits: set[str] = set()
         self.stop_requested = False
 
     # -- what recipes ask ---------------------------------------------------------------------------------------------
@@ -65,6 +69,10 @@ class Trainer:
         per_process = self.config.train_batch_size * self.config.gradient_accumulation_steps
         return per_process * int(self.accelerator.num_processes)
 
+    def wait(self) -> None:
+        """Until all processes are here."""
+        self.accelerator.wait_for_everyone()
+
     def fit(
         self,
         method: Method,
@@ -86,15 +94,20 @@ class Trainer:
         Afterwards the student holds its EMA weights, if there are any. On SIGTERM a checkpoint is saved and the process
         exits with 143.
         """
-        run = Fit(self, method, name, steps or self.config.max_train_steps)
+        if name in self._fits:
+            raise ValueError(f"this run has a fit named {name!r} already; give each of them a name of its own")
+        self._fits.add(name)
+        run = Fit(self, method, data, name, self.config.max_train_steps if steps is None else steps)
         run.resume()
         previous = signal.signal(signal.SIGTERM, self._on_signal)
         try:
             with run.wrapped():
-                run.rounds(data, on_validate, on_round)
+                run.rounds(on_validate, on_round)
         finally:
-            signal.signal(signal.SIGTERM, previous)
+            signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
             run.close()
+        if self.stop_requested:  # it came after the last step, while a callback ran
+            raise SystemExit(143)
 
     def _on_signal(self, _number: int, _frame: Any) -> None:
         self.stop_requested = True

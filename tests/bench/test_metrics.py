@@ -53,12 +53,12 @@ def test_common_axes_closed_form() -> None:
 
 def test_any_axes_closed_form() -> None:
     """In two dimensions tr (AB)^(1/2) = sqrt(tr AB + 2 sqrt(det AB)), also where A and B don't commute."""
-    a = torch.tensor([[2.0, 0.7], [0.7, 1.0]]).double()
-    b = torch.tensor([[0.5, -0.4], [-0.4, 1.5]]).double()
+    a = torch.tensor([[2.0, 0.7], [0.7, 1.0]], dtype=torch.float64)
+    b = torch.tensor([[0.5, -0.4], [-0.4, 1.5]], dtype=torch.float64)
     product = a @ b
     truth = float(1 + a.trace() + b.trace() - 2 * (product.trace() + 2 * product.det().sqrt()).sqrt())
     x = exact(torch.zeros(2).double(), a, 50, 0)
-    y = exact(torch.tensor([0.6, 0.8]).double(), b, 60, 1)
+    y = exact(torch.tensor([0.6, 0.8], dtype=torch.float64), b, 60, 1)
     assert math.isclose(frechet_distance(x, y), truth, rel_tol=1e-9)
     assert math.isclose(frechet_to(x)(y), truth, rel_tol=1e-9)
 

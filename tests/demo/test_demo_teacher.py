@@ -95,7 +95,7 @@ def test_saved_teacher_loads_in_stock_diffusers_and_takes_one_step(tmp_path, tok
     factor = stages.set_scaling_factor(vae, WORLD.pixels(range(16)))
     teacher.save(tmp_path, tokenizer, teacher.text_model(tokenizer), vae, teacher.unet())
     assert sum(file.stat().st_size for file in tmp_path.rglob("*.safetensors")) <= 11e6
-    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path, torch_dtype=torch.float32)
+    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline.vae.config.scaling_factor == pytest.approx(factor)
     with torch.no_grad():
@@ -170,6 +170,19 @@ def test_kl_and_edges_in_closed_form():
     assert float(stages.edge_error(torch.full((1, 1, 4, 4), 7.0))) == 0.0
 
 
+def test_autoencoding_weighs_its_terms_and_rejects_negative_ones():
+    vae = teacher.autoencoder()
+    batch = stages.WorldPixels(WORLD, 2).batch([0, 1], rng(2))
+    with torch.no_grad():
+        one = stages.Autoencoding(stages.AutoencodingConfig(1.0, 1.0, 1.0, 1.0), vae).training_step(batch).terms
+        other = stages.Autoencoding(stages.AutoencodingConfig(0.0, 2.0, 3.0, 0.5), vae).training_step(batch).terms
+    for name, weight in {"l1": 0.0, "l2": 2.0, "edge": 3.0, "kl": 0.5}.items():
+        assert float(one[name]) > 0
+        torch.testing.assert_close(other[name], weight * one[name])
+    with pytest.raises(InputError, match="kl_weight"):
+        stages.AutoencodingConfig(kl_weight=-1.0)
+
+
 def test_scaling_factor_gives_unit_std():
     vae, pixels = teacher.autoencoder(), WORLD.pixels(range(64))
     stages.set_scaling_factor(vae, pixels)
@@ -221,20 +234,21 @@ def test_accuracy_counts_by_attribute_and_jointly():
 def test_a_stage_learns_and_repeats_itself(stage, tokenizer):
     def losses() -> list[float]:
         torch.manual_seed(0)
+        size = 2 if stage == "autoencoder" else 8
         if stage == "text":
-            data = stages.WorldCaptions(WORLD, 64, tokenizer)
+            data = stages.WorldCaptions(WORLD, 8, tokenizer)
             method = stages.TextNaming(stages.TextNamingConfig(), teacher.text_model(tokenizer), tokenizer)
         elif stage == "autoencoder":
-            data = stages.WorldPixels(WORLD, 64)
+            data = stages.WorldPixels(WORLD, 8)
             method = stages.Autoencoding(stages.AutoencodingConfig(), teacher.autoencoder())
         else:
-            data = stages.WorldPixels(WORLD, 64)
+            data = stages.WorldPixels(WORLD, 8)
             method = stages.Judging(stages.JudgingConfig(), teacher.judge())
         (phase,) = method.phases()
         optimizer = torch.optim.AdamW(method.networks()["student"].trainable(), lr=2e-3)
         found = []
-        for step in range(6):
-            loss = phase.loss(data.batch(range(8 * step, 8 * step + 8), rng(8, step))).total
+        for step in range(5):
+            loss = phase.loss(data.batch(range(size), rng(size, step))).total
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

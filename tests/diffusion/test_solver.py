@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -133,7 +135,7 @@ def test_trailing_grid_against_numpy(sd: Tabulated) -> None:
     for steps in (1, 4, 50):
         levels = [999 - i * (1000 // steps) for i in range(steps)] + [0]
         mean, std = 0.0, 1.0
-        for n, m in zip(levels[:-1], levels[1:], strict=True):
+        for n, m in pairwise(levels):
             (a_t, a_s), (s_t, s_s) = np.sqrt(table[[n, m]]), np.sqrt(1 - table[[n, m]])
             k = (a_s * a_t * STD**2 + s_s * s_t) / (table[n] * STD**2 + 1 - table[n])
             mean, std = a_s * MEAN + k * (mean - a_t * MEAN), k * std

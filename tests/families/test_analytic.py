@@ -66,17 +66,17 @@ def solve_ode(denoiser: Analytic, x: Tensor, t: float, u: float) -> Tensor:
         prediction = denoiser(x_t, now, LABELS)
         return target("flow", denoiser.schedule, prediction.x0, prediction.eps, now).flatten().numpy()
 
-    solution = solve_ivp(velocity, (t, u), x.flatten().numpy(), method="DOP853", rtol=1e-12, atol=1e-13)
+    solution = solve_ivp(velocity, (t, u), x.flatten().numpy(), method="DOP853", rtol=1e-11, atol=1e-12)
     return torch.from_numpy(solution.y[:, -1]).reshape(x.shape)
 
 
-# DOP853 is SciPy's 8th-order Runge-Kutta; RK45 needs ten times the evaluations for these digits and is used once, below.
+# DOP853 is SciPy's 8th-order Runge-Kutta; RK45 needs ten times the evaluations for these digits and is used once below.
 @pytest.mark.parametrize(
     ("teacher_name", "kind"), [*(("gaussian", k) for k in KINDS), ("mixture", "v"), ("two classes", "v")]
 )
 def test_the_exact_map_is_the_ode(teacher_name: str, kind: Kind, schedule: NoiseSchedule) -> None:
     # between the knots: a kink inside costs the integrator its order. SD's knots are 1e-3 apart.
-    spans = [(0.9997, 0.9992), (0.0207, 0.0201)] if schedule is SD else [(0.98, 0.55), (0.48, 0.04)]
+    spans = [(0.9997, 0.9992), (0.0207, 0.0201)] if schedule is SD else [(0.98, 0.55), (0.48, 0.2)]
     denoiser = teacher(teacher_name, schedule, kind)
     for t, u in spans:
         assert_close(solve_ode(denoiser, X, t, u), denoiser.exact_map(X, at(t), at(u), LABELS), rtol=0, atol=1e-10)
@@ -91,9 +91,9 @@ def test_the_exact_map_against_rk45() -> None:
         prediction = mixture(torch.from_numpy(state.copy()), at(time), {})
         return target("flow", Cosine(), prediction.x0, prediction.eps, at(time)).numpy()
 
-    solution = solve_ivp(velocity, (0.9, 0.3), X[:, 0].numpy(), method="RK45", rtol=1e-11, atol=1e-12)
+    solution = solve_ivp(velocity, (0.9, 0.3), X[:, 0].numpy(), method="RK45", rtol=1e-9, atol=1e-10)
     expected = mixture.exact_map(X[:, 0], at(0.9), at(0.3))
-    assert_close(torch.from_numpy(solution.y[:, -1]), expected, rtol=0, atol=1e-9)
+    assert_close(torch.from_numpy(solution.y[:, -1]), expected, rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize("name", TEACHERS)
@@ -266,7 +266,12 @@ def test_frozen_copies_agree(name: str) -> None:
 def test_distributions_that_are_none() -> None:
     with pytest.raises(ValueError, match="std > 0"):
         Gaussian(0.0, 0.0, Flow())
-    for means, stds, weights in (([], [], []), ([1.0], [1.0, 1.0], [1.0]), ([1.0], [0.0], [1.0]), ([1.0], [1.0], [0.0])):
+    for means, stds, weights in (
+        ([], [], []),
+        ([1.0], [1.0, 1.0], [1.0]),
+        ([1.0], [0.0], [1.0]),
+        ([1.0], [1.0], [0.0]),
+    ):
         with pytest.raises(ValueError, match="expected as many"):
             Mixture(means, stds, weights, Flow())
 

@@ -1,0 +1,171 @@
+"""The check of an export: it passes what is right, and each way of being wrong is an error that says what and how much."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from students import log_lines, look, opened, run_unet, student_of
+from torch import Tensor
+
+from stepdistill.export.lora import METADATA_KEY, WEIGHTS, save_lora
+from stepdistill.export.verify import ExportError, verify
+from stepdistill.families import TeacherConfig
+
+Change = Callable[[dict[str, Tensor], dict[str, object]], None]
+
+
+def rewrite(folder: Path, change: Change) -> None:
+    path = folder / WEIGHTS
+    with safe_open(path, "pt") as file:
+        metadata = json.loads(file.metadata()[METADATA_KEY])
+    tensors = load_file(path)
+    change(tensors, metadata)
+    save_file(tensors, path, metadata={METADATA_KEY: json.dumps(metadata)} if metadata else None)
+
+
+def a_tensor_off(tensors: dict[str, Tensor], metadata: dict[str, object]) -> None:
+    next(iter(tensors.values())).view(-1)[0] += 0.25
+
+
+def a_module_missing(tensors: dict[str, Tensor], metadata: dict[str, object]) -> None:
+    for key in [k for k in tensors if "mid_block.resnets.0.conv1" in k]:
+        del tensors[key]
+
+
+def a_module_more(tensors: dict[str, Tensor], metadata: dict[str, object]) -> None:
+    tensors["unet.conv_in.lora_A.weight"], tensors["unet.conv_in.lora_B.weight"] = (
+        torch.ones(4, 4, 3, 3),
+        torch.ones(8, 4, 1, 1),
+    )
+
+
+def another_shape(tensors: dict[str, Tensor], metadata: dict[str, object]) -> None:
+    key = next(iter(tensors))
+    tensors[key] = torch.cat([tensors[key], tensors[key]])
+
+
+def renamed_attention(tensors: dict[str, Tensor], metadata: dict[str, object]) -> None:
+    from diffusers.utils import convert_state_dict_to_diffusers
+
+    renamed = convert_state_dict_to_diffusers(dict(tensors))
+    tensors.clear()
+    tensors.update(renamed)
+
+
+def another_alpha(tensors: dict[str, Tensor], metadata: dict[str, object]) -> None:
+    metadata["unet.lora_alpha"] = 4
+
+
+def no_metadata(tensors: dict[str, Tensor], metadata: dict[str, object]) -> None:
+    metadata.clear()
+
+
+def an_argument_nobody_knows(tensors: dict[str, Tensor], metadata: dict[str, object]) -> None:
+    metadata["unet.flavour"] = "vanilla"
+
+
+CHANGES: list[tuple[Change, str]] = [
+    (a_tensor_off, r"1 of 158 tensors .* by up to 0\.25"),
+    (a_module_missing, r"2 of 158 trained tensors are missing.*mid_block\.resnets\.0\.conv1"),
+    (a_module_more, r"2 tensors that were not trained.*conv_in"),
+    (another_shape, r"has shape \(8, .* in the export, \(4, "),
+    (renamed_attention, r"of 158 trained tensors are missing"),
+    (another_alpha, r"79 of 79 modules load at another strength.*\(1 instead of 16\)"),
+    (no_metadata, r"79 of 79 modules load at another strength.*\(1 instead of 16\)"),
+    (an_argument_nobody_knows, r"does not load"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), CHANGES, ids=[c.__name__ for c, _ in CHANGES])
+def test_a_tampered_file_is_an_error_that_says_what_is_wrong(
+    base: Path, tmp_path: Path, change: Change, message: str
+) -> None:
+    model = opened(base)
+    student = student_of(model, 4, 64)
+    save_lora(student, tmp_path)
+    rewrite(tmp_path, change)
+    before = look(student)
+    with pytest.raises(ExportError, match=message):
+        verify(tmp_path, model, student, TeacherConfig(str(base)))
+    assert torch.equal(look(student), before)
+    assert list(student.module.peft_config) == ["student"]
+    verify(tmp_path, model, student, TeacherConfig(str(base)), "none")
+
+
+@pytest.mark.parametrize("how", ["shared", "full"])
+@pytest.mark.parametrize(
+    ("base_dtype", "file_dtype"),
+    [(torch.float32, torch.float32), (torch.float32, torch.float16), (torch.bfloat16, torch.float32)],
+)
+def test_a_good_export_passes_in_silence(
+    base: Path, tmp_path: Path, how: str, base_dtype: torch.dtype, file_dtype: torch.dtype
+) -> None:
+    model = opened(base, base_dtype)
+    student = student_of(model, 4, 64)
+    save_lora(student, tmp_path, file_dtype)
+    with log_lines() as lines:
+        verify(tmp_path, model, student, TeacherConfig(str(base)), how)
+    assert lines == []
+
+
+def test_the_check_leaves_no_trace(base: Path, tmp_path: Path) -> None:
+    model = opened(base)
+    student = student_of(model)
+    student.frozen_copy()
+    student.module.train()
+    module = student.module
+
+    def state() -> object:
+        layers = [m for m in module.modules() if "lora_A" in dict(m.named_children())]
+        return (
+            [(n, p.requires_grad, id(p), p.dtype) for n, p in module.named_parameters()],
+            [(m.active_adapters, m.disable_adapters, dict(m.scaling)) for m in layers],
+            (student.adapters.current, sorted(module.peft_config), {m.training for m in module.modules()}),
+            torch.get_rng_state().tolist(),
+        )
+
+    save_lora(student, tmp_path)
+    for resting in ("student", None):
+        with student.adapters.use(resting):
+            before, output = state(), run_unet(module)
+            verify(tmp_path, model, student, TeacherConfig(str(base)))
+            assert state() == before
+            assert torch.equal(run_unet(module), output)
+
+
+def test_the_check_works_under_autocast_and_without_its_rounding(base: Path, tmp_path: Path) -> None:
+    model = opened(base)
+    student = student_of(model)
+    save_lora(student, tmp_path)
+    with torch.autocast("cpu", torch.bfloat16):
+        verify(tmp_path, model, student, TeacherConfig(str(base)), "full")
+
+
+def test_a_base_that_changed_in_memory_is_seen_by_the_full_check(base: Path, tmp_path: Path) -> None:
+    model = opened(base)
+    student = student_of(model)
+    with torch.no_grad():
+        student.module.conv_in.weight.add_(0.01)
+    save_lora(student, tmp_path)
+    verify(tmp_path, model, student, TeacherConfig(str(base)), "shared")
+    with pytest.raises(ExportError, match="computes something else.*differ by up to"):
+        verify(tmp_path, model, student, TeacherConfig(str(base)), "full")
+
+
+@pytest.mark.parametrize("damage", [b"", b"not safetensors at all"])
+def test_a_damaged_file_is_named(base: Path, tmp_path: Path, damage: bytes) -> None:
+    model = opened(base)
+    student = student_of(model)
+    (tmp_path / WEIGHTS).write_bytes(damage)
+    with pytest.raises(ExportError, match=WEIGHTS):
+        verify(tmp_path, model, student, TeacherConfig(str(base)))
+
+
+def test_a_missing_file_is_named(base: Path, tmp_path: Path) -> None:
+    model = opened(base)
+    with pytest.raises(ExportError, match=WEIGHTS):
+        verify(tmp_path, model, student_of(model), TeacherConfig(str(base)))

@@ -1,0 +1,98 @@
+"""The command line: quick help, one-paragraph errors, exit codes."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from stepdistill import cli
+from stepdistill.errors import InputError
+from stepdistill.export import config, rerun
+from stepdistill.export.verify import ExportError
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "stepdistill.cli", *arguments], capture_output=True, text=True, timeout=60
+    )
+
+
+def test_help_is_quick_and_lists_the_commands_that_exist() -> None:
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = run("--help")
+        times.append(time.perf_counter() - start)
+    assert done.returncode == 0
+    assert "export" in done.stdout
+    assert "bench" not in done.stdout
+    assert min(times) < 1.0
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["export", "--help"]])
+def test_help_imports_no_torch(arguments: list[str]) -> None:
+    code = (
+        "import sys; from stepdistill import cli\n"
+        f"try: cli.main({arguments!r})\n"
+        "except SystemExit: pass\n"
+        "print([m for m in ('torch', 'diffusers', 'jsonargparse', 'yaml', 'numpy') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_options_of_export() -> None:
+    text = run("export", "--help").stdout
+    for option in ("RUN", "--output_dir", "--checkpoint", "--teacher.path", "--export.dtype", "--export.verify"):
+        assert option in text
+
+
+@pytest.mark.parametrize("arguments", [[], ["exprot"], ["export"], ["export", "x", "--export.verify", "maybe"]])
+def test_a_wrong_command_line_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2
+    assert "usage: stepdistill" in capsys.readouterr().err
+
+
+def test_options_go_where_they_belong(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    calls = []
+
+    def export_run(*arguments: object) -> str:
+        calls.append(arguments)
+        return "out/x"
+
+    monkeypatch.setattr(rerun, "export_run", export_run)
+    monkeypatch.setattr(config, "read_config", lambda run: {})
+    cli.main(["export", "out/x"])
+    options = ["--output_dir", "b", "--checkpoint", "7", "--teacher.path", "p"]
+    cli.main(["export", "a", *options, "--export.dtype", "fp16", "--export.verify", "full"])
+    assert calls == [
+        ("out/x", None, "latest", {}, {}),
+        ("a", "b", "7", {"path": "p"}, {"dtype": "fp16", "verify": "full"}),
+    ]
+    assert "exported to out/x" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("error", "code"), [(InputError("expected a, got b; fix c"), 2), (ExportError("off by 3"), 1)])
+def test_errors_are_one_paragraph(
+    error: Exception, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def export_run(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(rerun, "export_run", export_run)
+    monkeypatch.setattr(config, "read_config", lambda run: {})
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["export", "out/x"])
+    assert stop.value.code == code
+    assert capsys.readouterr().err == f"error: {error}\n"
+
+
+def test_a_missing_run_folder_from_the_shell(tmp_path) -> None:
+    done = run("export", str(tmp_path / "nothing"))
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: expected a run folder with config.yaml")
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
