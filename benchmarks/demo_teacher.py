@@ -17,7 +17,7 @@ class Benchmark:
 
     Attributes:
         teacher: a Diffusers folder, or "demo" for the one that ships.
-        judge: folder of the judge; the teacher's own by default.
+        judge: folder of the judge; the one that ships by default.
         steps: numbers of denoising steps.
         guidance: guidance scale of the teacher.
         n: images a configuration.
@@ -40,11 +40,11 @@ def main(parsed: Parsed[Benchmark]) -> None:
 
     from stepdistill.bench.demo import evaluate_teacher
     from stepdistill.bench.judge import Judge
-    from stepdistill.families.loading import resolve
+    from stepdistill.families.loading import DEMO_JUDGE, resolve
 
     options = parsed.recipe
     folder = resolve(options.teacher)
-    judge = Judge.load(options.judge or folder)
+    judge = Judge.load(DEMO_JUDGE if options.judge is None else options.judge)
     pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, use_safetensors=True)
     results = evaluate_teacher(pipe, judge, options.steps.ints(), options.n, options.seed, options.guidance)
     results.write(options.output)

@@ -80,7 +80,9 @@ def parse(
             fail_already_registered=False,
         )
     files = [] if defaults is None else [str(defaults)]
-    parser = ArgumentParser(description=description, exit_on_error=False, default_config_files=files)
+    parser = ArgumentParser(
+        description=description, exit_on_error=False, allow_abbrev=False, default_config_files=files
+    )
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of these options.")
     parser.add_class_arguments(recipe_class, sub_configs=False)
     try:

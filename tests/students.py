@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,8 +23,14 @@ ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 MODULES = {ATTENTION: 32, LCM_TARGETS: 79}  # of the tiny UNet that have these names
 
 
-def opened(base: Path, dtype: torch.dtype = torch.float32) -> Model:
+@functools.cache
+def _loaded(base: Path, dtype: torch.dtype) -> Model:
     return load(TeacherConfig(str(base)), dtype)
+
+
+def opened(base: Path, dtype: torch.dtype = torch.float32) -> Model:
+    """The checkpoint, opened; a copy of its own for each caller, since adapters go into the modules."""
+    return copy.deepcopy(_loaded(base, dtype))
 
 
 def randomised(network: Network, seed: int = 3, scale: float = 0.1) -> None:

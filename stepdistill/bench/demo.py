@@ -108,7 +108,12 @@ def evaluate(
     guidance: float,
     say: Say = print,
 ) -> list[Row]:
-    """A row for each number of steps, not timed yet; `say` gets a line as each is done."""
+    """A row for each number of steps, not timed yet; `say` gets a line as each is done.
+
+    Raises InputError for no steps.
+    """
+    if not steps:
+        raise InputError("expected one number of steps or more, got none; give some, e.g. 8,4,2,1")
     rows = []
     for k in steps:
         start = time.perf_counter()
@@ -231,7 +236,8 @@ def compare_with_teacher(
 
 
 def _seconds_note() -> str:
-    return f"Seconds an image: median of {REPEATS} pipeline calls with one prompt on this machine, {torch.get_num_threads()} threads."
+    threads = torch.get_num_threads()
+    return f"Seconds an image: median of {REPEATS} pipeline calls with one prompt on this machine, {threads} threads."
 
 
 def write_grid(

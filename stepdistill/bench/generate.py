@@ -58,7 +58,9 @@ def _evaluating(pipe: DiffusionPipeline) -> Iterator[None]:
             module.training = mode
 
 
-def _check(prompts: Sequence[str], steps: int, batch_size: int, start_index: int) -> None:
+def _check(
+    prompts: Sequence[str], steps: int, timesteps: Sequence[int] | None, batch_size: int, start_index: int
+) -> None:
     if isinstance(prompts, str) or not len(prompts):
         raise InputError("expected a list of one or more prompts, got a single string or none; pass a list")
     if steps < 1 or batch_size < 1 or start_index < 0:
@@ -66,6 +68,8 @@ def _check(prompts: Sequence[str], steps: int, batch_size: int, start_index: int
             f"expected steps >= 1, batch_size >= 1 and start_index >= 0, got {steps}, {batch_size} and {start_index}; "
             "raise what is too small"
         )
+    if timesteps is not None and len(timesteps) != steps:
+        raise InputError(f"expected as many timesteps as steps, got {len(timesteps)} and {steps}; make them agree")
 
 
 def generate(
@@ -96,9 +100,7 @@ def generate(
     Raises:
         InputError: no prompts, steps or batch_size < 1, or a safety checker that blacked images out.
     """
-    _check(prompts, steps, batch_size, start_index)
-    if timesteps is not None and len(timesteps) != steps:
-        raise InputError(f"expected as many timesteps as steps, got {len(timesteps)} and {steps}; make them agree")
+    _check(prompts, steps, timesteps, batch_size, start_index)
     pipe.set_progress_bar_config(disable=True)
     network = denoiser_of(pipe)
     call: Any = pipe  # the base class declares no __call__
@@ -118,12 +120,16 @@ def generate(
                 **schedule,
                 **options,
             )
-            if any(output.get("nsfw_content_detected") or ()):
-                raise InputError(
-                    "expected images, got some blacked out by a safety checker; load with safety_checker=None"
-                )
-            images.append((output.images * 255).round().astype(np.uint8))  # as Diffusers makes its PIL images
+            images.append(_bytes(output))
     return np.concatenate(images)
+
+
+def _bytes(output: Any) -> Images:
+    """A pipeline's float images as Diffusers makes its PIL images of them."""
+    if any(output.get("nsfw_content_detected") or ()):
+        raise InputError("expected images, got some blacked out by a safety checker; load with safety_checker=None")
+    images: Images = (output.images * 255).round().astype(np.uint8)
+    return images
 
 
 def _latent_shape(network: nn.Module, pipe: DiffusionPipeline, options: dict[str, Any]) -> tuple[int, int, int]:

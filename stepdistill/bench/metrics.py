@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -66,18 +67,24 @@ def _checked(*sets: Tensor) -> list[Tensor]:
     return [features.detach().to("cpu", torch.float64) for features in sets]
 
 
+@cache
+def _warn_small(n: int, dim: int) -> None:
+    """Once for each pair: libraries reset the memory of `warnings`, so its own "once" would repeat for every row."""
+    warnings.warn(
+        f"Frechet distance of {n} images in {dim} dimensions: fewer than {ENOUGH} images per dimension, so it is mostly "
+        "sampling noise; read it against the floor only",
+        stacklevel=3,
+    )
+
+
 def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
     """The squared Frechet distance of two feature sets [N, d] and [M, d], by torchmetrics in float64.
 
-    Warns below 10 images per dimension. Raises ValueError for fewer than 2 images, unequal d, nan or inf.
+    Warns, once, below 10 images per dimension. Raises ValueError for fewer than 2 images, unequal d, nan or inf.
     """
     a, b = _checked(features_a, features_b)
     if min(len(a), len(b)) < ENOUGH * a.shape[1]:
-        warnings.warn(
-            f"Frechet distance of {min(len(a), len(b))} images in {a.shape[1]} dimensions: fewer than {ENOUGH} images per "
-            "dimension, so the distance is mostly sampling noise; read it against the floor only",
-            stacklevel=2,
-        )
+        _warn_small(min(len(a), len(b)), a.shape[1])
     # The distance doesn't change under a common shift, and torchmetrics' uncentred sums lose fewer digits after one.
     centre = a.mean(0)
     metric = _metric(a.shape[1])

@@ -180,7 +180,7 @@ class Results:
         floors = ", ".join(f"{value:.3g} at N = {n}" for n, value in self.protocol["floor"].items())
         features = self.protocol["features"]
         lines = [
-            f"Frechet distance by {features['name']} ({features['hash']}), lower is better; brackets: 95 % bootstrap intervals.",
+            f"Frechet distance by {features['name']} ({features['hash']}), lower is better. Brackets: 95 % bootstrap.",
             f"Floor (two samples of real images): {floors}. Ratios are less the floor and stated past {CLEAR:g} floors only.",
         ]
         if any((level := self.floor(row.n)) is not None and not is_clear(row.frechet, level) for row in self.rows):

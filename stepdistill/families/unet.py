@@ -13,8 +13,8 @@ from ..batch import Cond
 from ..diffusion.schedule import Tabulated
 from ..errors import InputError
 from ..networks.denoiser import Denoiser
-from .loading import load_pipeline, load_vae
 from .config import TeacherConfig
+from .loading import load_pipeline, load_vae
 from .model import Model
 from .schedules import from_scheduler
 

@@ -17,7 +17,7 @@ from stepdistill.bench.demo import Yardstick, compare_with_teacher, evaluate_stu
 from stepdistill.bench.features import to_images
 from stepdistill.bench.judge import Judge
 from stepdistill.bench.table import Results
-from stepdistill.demo.world import ATTRIBUTES, TEST_SEED, World
+from stepdistill.demo.world import ATTRIBUTES, PHRASES, TEST_SEED, World
 from stepdistill.errors import InputError
 
 COUNT = 12
@@ -73,8 +73,9 @@ def test_labels_belong_to_the_prompts(judge: Judge, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(demo, "REFERENCE_N", 2)
     yardstick = Yardstick(judge, COUNT)
     for i, prompt in enumerate(yardstick.prompts):
-        colour = ATTRIBUTES["colour"][yardstick.labels["colour"][i]]
-        assert any(word in prompt for word in {"cyan": ["cyan", "turquoise"], "purple": ["purple", "violet"]}.get(colour, [colour]))
+        for name, column in yardstick.labels.items():
+            value = ATTRIBUTES[name][column[i]]
+            assert any(phrase in prompt for phrase in PHRASES[name][value])
 
 
 def test_from_end_to_end(folder: Path, judge: Judge, tmp_path: Path) -> None:

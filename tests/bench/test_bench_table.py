@@ -78,7 +78,19 @@ def test_markdown_lines_up_and_says_everything() -> None:
     assert len({tuple(i for i, c in enumerate(line) if c == "|") for line in lines}) == 1  # every bar in one column
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     assert cells[0][:4] == ["model", "steps", "guidance", "evaluations"]
-    assert cells[2] == ["teacher", "4", "3", "8", "20 [18.5, 21.2]", "", "37.5% [30.0%, 45.0%]", "50.0%", "75.0%", "0.2", "100"]
+    assert cells[2] == [
+        "teacher",
+        "4",
+        "3",
+        "8",
+        "20 [18.5, 21.2]",
+        "",
+        "37.5% [30.0%, 45.0%]",
+        "50.0%",
+        "75.0%",
+        "0.2",
+        "100",
+    ]
     assert cells[4][5] == "0.50"
     for words in ("demo judge (abc123)", "1 at N = 100", "95 % bootstrap", "Timed at night."):
         assert words in text

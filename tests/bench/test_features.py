@@ -76,4 +76,6 @@ def test_weights_hash_tells_weights_apart() -> None:
     changed = judge(0)
     with torch.no_grad():
         next(changed.parameters()).view(-1)[0] += 1e-3
-    assert len({hash_weights(judge(0)), hash_weights(judge(1)), hash_weights(changed), hash_weights(judge(0).half())}) == 4
+    assert (
+        len({hash_weights(judge(0)), hash_weights(judge(1)), hash_weights(changed), hash_weights(judge(0).half())}) == 4
+    )

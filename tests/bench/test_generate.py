@@ -98,7 +98,9 @@ def test_every_configuration_starts_from_the_same_noise(folder: Path) -> None:
         ("LCMScheduler", {"steps": 2, "guidance_scale": 1.0, "batch_size": 1}),
     ]:
         pipe = load(folder, scheduler)
-        torch.testing.assert_close(first_inputs(pipe, lambda p=pipe, o=options: images(p, **o)), expected, atol=0, rtol=0)
+        torch.testing.assert_close(
+            first_inputs(pipe, lambda p=pipe, o=options: images(p, **o)), expected, atol=0, rtol=0
+        )
 
 
 def test_noise_is_standard_and_rows_differ() -> None:

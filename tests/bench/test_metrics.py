@@ -115,6 +115,7 @@ def test_small_samples_warn() -> None:
         frechet_distance(gaussian(79, 8, 0), gaussian(200, 8, 1))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        frechet_distance(gaussian(79, 8, 2), gaussian(200, 8, 1))  # said already
         frechet_distance(gaussian(80, 8, 0), gaussian(200, 8, 1))
 
 

@@ -86,11 +86,11 @@ def test_transparency_lies_on_white_in_every_mode(tmp_path: Path):
 
 
 def test_sixteen_bits_and_grey_are_scaled_and_not_clipped(tmp_path: Path):
-    deep = Image.fromarray(np.full((8, 8), 257 * 100, dtype=np.uint16))
-    grey = Image.new("L", (8, 8), 100)
-    for image in (deep, grey, grey.convert("1", dither=Image.Dither.NONE).convert("L").point(lambda _: 100)):
+    deep = Image.fromarray(np.full((8, 8), 257 * 200, dtype=np.uint16))
+    grey = Image.new("L", (8, 8), 200)
+    for image in (deep, grey, grey.convert("1", dither=Image.Dither.NONE).convert("L").point(lambda _: 200)):
         pixels = load(saved(image, tmp_path / "a.png"), 8).pixels
-        torch.testing.assert_close(pixels, torch.full((3, 8, 8), 100 / 127.5 - 1))
+        torch.testing.assert_close(pixels, torch.full((3, 8, 8), 200 / 127.5 - 1))
 
 
 def test_captions_beside_images_subfolders_and_hidden_files(tmp_path: Path):

@@ -10,6 +10,7 @@ import yaml
 from students import look, opened, run_unet, student_of
 from tiny import tiny_pipeline
 
+from stepdistill.diffusion.prediction import read
 from stepdistill.errors import InputError
 from stepdistill.export import student as student_module
 from stepdistill.export.card import loading_lines
@@ -45,8 +46,7 @@ def test_the_folder_holds_all_that_diffusers_needs(base: Path, tmp_path: Path) -
     assert torch.equal(run_unet(pipeline.unet), look(student))
 
 
-@pytest.mark.parametrize("points", [50, 25, 40])
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize(("points", "prediction_type"), [(50, "epsilon"), (40, "v_prediction"), (25, "sample")])
 def test_the_scheduler_samples_the_trained_grid_with_the_trained_boundary(
     tmp_path: Path, points: int, prediction_type: str
 ) -> None:
@@ -68,8 +68,6 @@ def test_the_scheduler_samples_the_trained_grid_with_the_trained_boundary(
     # one step of the scheduler is the consistency function of the training
     scheduler.set_timesteps(1)
     x_t, output = torch.randn(2, 4, 4, 4), torch.randn(2, 4, 4, 4)
-    from stepdistill.diffusion.prediction import read
-
     t = torch.ones(2, dtype=torch.float64)
     expected = lcm.consistency(x_t, t, read(model.denoiser.predicts, lcm.schedule, output, x_t, t))
     found = scheduler.step(output, 999, x_t).denoised

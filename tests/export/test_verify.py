@@ -13,7 +13,16 @@ from torch import Tensor
 
 from stepdistill.export.lora import METADATA_KEY, WEIGHTS, save_lora
 from stepdistill.export.verify import ExportError, verify
-from stepdistill.families import TeacherConfig
+from stepdistill.families import Model, TeacherConfig
+from stepdistill.networks.denoiser import Denoiser
+
+
+@pytest.fixture(scope="module")
+def ready(base: Path) -> tuple[Model, Denoiser]:
+    """A model and its student at rank 4, alpha 64, for tests that change the file alone."""
+    model = opened(base)
+    return model, student_of(model, 4, 64)
+
 
 Change = Callable[[dict[str, Tensor], dict[str, object]], None]
 
@@ -82,10 +91,9 @@ CHANGES: list[tuple[Change, str]] = [
 
 @pytest.mark.parametrize(("change", "message"), CHANGES, ids=[c.__name__ for c, _ in CHANGES])
 def test_a_tampered_file_is_an_error_that_says_what_is_wrong(
-    base: Path, tmp_path: Path, change: Change, message: str
+    base: Path, ready: tuple[Model, Denoiser], tmp_path: Path, change: Change, message: str
 ) -> None:
-    model = opened(base)
-    student = student_of(model, 4, 64)
+    model, student = ready
     save_lora(student, tmp_path)
     rewrite(tmp_path, change)
     before = look(student)
@@ -157,15 +165,13 @@ def test_a_base_that_changed_in_memory_is_seen_by_the_full_check(base: Path, tmp
 
 
 @pytest.mark.parametrize("damage", [b"", b"not safetensors at all"])
-def test_a_damaged_file_is_named(base: Path, tmp_path: Path, damage: bytes) -> None:
-    model = opened(base)
-    student = student_of(model)
+def test_a_damaged_file_is_named(base: Path, ready: tuple[Model, Denoiser], tmp_path: Path, damage: bytes) -> None:
+    model, student = ready
     (tmp_path / WEIGHTS).write_bytes(damage)
     with pytest.raises(ExportError, match=WEIGHTS):
         verify(tmp_path, model, student, TeacherConfig(str(base)))
 
 
-def test_a_missing_file_is_named(base: Path, tmp_path: Path) -> None:
-    model = opened(base)
+def test_a_missing_file_is_named(base: Path, ready: tuple[Model, Denoiser], tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=WEIGHTS):
-        verify(tmp_path, model, student_of(model), TeacherConfig(str(base)))
+        verify(tmp_path, *ready, TeacherConfig(str(base)))

@@ -80,13 +80,14 @@ class EachPoint(StepRandom):
         return torch.arange(low, high)
 
 
-def gaussian_batch(mean: float | Tensor = MEAN, cond: Cond | None = None, uncond: Cond | None = None, points: int = 50) -> Batch:
-    noise = torch.randn(points, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    return Batch(mean + STD * noise, cond or {}, uncond or {}, EachPoint(0, 0, range(points)))
+def gaussian_batch(mean: float | Tensor = MEAN, cond: Cond | None = None, uncond: Cond | None = None) -> Batch:
+    noise = torch.randn(50, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    return Batch(mean + STD * noise, cond or {}, uncond or {}, EachPoint(0, 0, range(50)))
 
 
 WELL_POSED: list[tuple[str, Kind]] = [
-    ("sd", "eps"), ("sd", "v"), ("sd", "x0"), ("flow", "flow"), ("flow", "v"), ("flow", "x0"), ("cosine", "v"), ("cosine", "x0"),
+    ("sd", "eps"), ("sd", "v"), ("sd", "x0"),
+    ("flow", "flow"), ("flow", "v"), ("flow", "x0"), ("cosine", "v"), ("cosine", "x0"),
 ]  # fmt: skip
 
 
@@ -221,7 +222,12 @@ def test_the_loss_by_hand_at_one_index() -> None:
     """Everything spelled out once in numbers, so that no constant can move."""
     student, teacher, batch = spied(1)
     config = LCMConfig()
-    assert (config.huber_c, config.timestep_scaling, config.sigma_data, config.num_ddim_timesteps) == (0.001, 10.0, 0.5, 50)
+    assert (config.huber_c, config.timestep_scaling, config.sigma_data, config.num_ddim_timesteps) == (
+        0.001,
+        10.0,
+        0.5,
+        50,
+    )
     w = 5.0 + 10.0 * float(batch.rng.uniform("guidance"))
     abar = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0)
 
@@ -260,20 +266,25 @@ def test_the_gradient_flows_through_the_jump_alone() -> None:
 
 
 class Rows:
-    """Fresh samples of the Gaussian, in float64."""
+    """Fresh samples of a Gaussian, in float64."""
+
+    def __init__(self, mean: float, std: float) -> None:
+        self.mean, self.std = mean, std
 
     def __len__(self) -> int:
         return 4096
 
     def batch(self, indices: Sequence[int], rng: StepRandom) -> Batch:
         noise = rng.normal("data", (1,), torch.float64)
-        return Batch(MEAN + STD * noise, {}, {}, rng)
+        return Batch(self.mean + self.std * noise, {}, {}, rng)
 
 
-def reached(folder: Path, points: int, kind: Kind, steps: int, lr: float, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+def reached(
+    folder: Path, mean: float, std: float, points: int, kind: Kind, steps: int, lr: float, batch: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """(maps of a trained student at each grid point, the fixed point's, those of where it started)."""
     schedule = sd_table()
-    teacher = Gaussian(MEAN, STD, schedule, kind)
+    teacher = Gaussian(mean, std, schedule, kind)
     config = LCMConfig(num_ddim_timesteps=points)
     grid = LCM(config, teacher, teacher).grid
     student = linear(grid, schedule, kind).imitate(teacher)  # as LoRA does, it starts as the teacher
@@ -283,7 +294,7 @@ def reached(folder: Path, points: int, kind: Kind, steps: int, lr: float, batch:
 
     def maps() -> Tensor:
         """f at the mean and two standard deviations to either side, [points, 3]."""
-        x = alpha[:-1, None] * MEAN + deviation[:-1, None] * torch.tensor([-2.0, 0.0, 2.0], dtype=torch.float64)
+        x = alpha[:-1, None] * mean + deviation[:-1, None] * torch.tensor([-2.0, 0.0, 2.0], dtype=torch.float64)
         with torch.no_grad():
             columns = [method.consistency(c[:, None], grid[:-1], student(c[:, None], grid[:-1], {})) for c in x.T]
         return torch.cat(columns, 1)
@@ -293,14 +304,14 @@ def reached(folder: Path, points: int, kind: Kind, steps: int, lr: float, batch:
         max_train_steps=steps, learning_rate=lr, train_batch_size=batch, lr_scheduler="cosine", adam_weight_decay=0.0,
         adam_beta2=0.99, max_grad_norm=0.0, checkpointing_steps=10**6,
     )  # fmt: skip
-    Trainer(train, folder).fit(method, Rows())
+    Trainer(train, folder).fit(method, Rows(mean, std))
     width = multiplier * deviation[:-1]
-    truth = alpha[-1] * MEAN + width[:, None] * torch.tensor([-2.0, 0.0, 2.0], dtype=torch.float64)
+    truth = alpha[-1] * mean + width[:, None] * torch.tensor([-2.0, 0.0, 2.0], dtype=torch.float64)
     return maps(), truth, start
 
 
 def test_training_reaches_the_fixed_point_within_one_percent(tmp_path: Path) -> None:
-    got, truth, start = reached(tmp_path, points=5, kind="x0", steps=300, lr=0.03, batch=32)
+    got, truth, start = reached(tmp_path, MEAN, STD, points=5, kind="x0", steps=300, lr=0.03, batch=32)
     assert float((start / truth - 1).abs().max()) > 0.1
     assert_close(got, truth, rtol=0.01, atol=0)
 
@@ -308,7 +319,7 @@ def test_training_reaches_the_fixed_point_within_one_percent(tmp_path: Path) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["x0", "eps", "v"])
 def test_training_on_the_full_grid_reaches_the_fixed_point_within_one_percent(tmp_path: Path, kind: Kind) -> None:
-    got, truth, start = reached(tmp_path, points=50, kind=kind, steps=3000, lr=0.02, batch=128)
+    got, truth, start = reached(tmp_path, 0.5, 0.4, points=50, kind=kind, steps=3000, lr=0.02, batch=128)
     assert float((start / truth - 1).abs().max()) > 0.1
     assert_close(got, truth, rtol=0.01, atol=0)
 
@@ -339,7 +350,9 @@ def test_a_target_from_the_teacher_would_be_the_blurry_lcm() -> None:
     assert_close(width(Blurry("sd", "x0")), 0.007, rtol=0, atol=5e-4)
     assert_close(width(right), 0.276, rtol=0, atol=5e-4)  # of .3: 50 steps of DDIM lose the rest
     blurry = LCM(LCMConfig(loss_type="l2"), Blurry("sd", "x0"), gaussian).training_step(gaussian_batch())
-    assert float(blurry.total) > 1e-5  # where the right one has 1e-14: neighbours on the grid blur alike, so it is small
+    assert (
+        float(blurry.total) > 1e-5
+    )  # where the right one has 1e-14: neighbours on the grid blur alike, so it is small
 
 
 class Affine(Denoiser):

@@ -12,7 +12,21 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 from toys import (
-    EXACT, MEAN, STD, Duel, Numbers, Regression, Uneven, network, options, rows, saved, sd_table, stopping_after, train, weights,
+    EXACT,
+    MEAN,
+    STD,
+    Duel,
+    Numbers,
+    Regression,
+    Uneven,
+    network,
+    options,
+    rows,
+    saved,
+    sd_table,
+    stopping_after,
+    train,
+    weights,
 )  # fmt: skip
 
 from stepdistill.batch import Batch, Cond
@@ -39,7 +53,9 @@ def test_accumulation_changes_nothing(tmp_path: Path, kind: type[Method]) -> Non
     runs = []
     for size, parts in SPLITS:
         folder, data = tmp_path / f"{size}x{parts}", Numbers(count=20)
-        method = train(folder, kind(), data, train_batch_size=size, gradient_accumulation_steps=parts, max_train_steps=8)
+        method = train(
+            folder, kind(), data, train_batch_size=size, gradient_accumulation_steps=parts, max_train_steps=8
+        )
         runs.append((weights(method), rows(folder), [i for asked in data.asked for i in asked]))
     assert not torch.equal(next(iter(runs[0][0].values())), next(iter(weights(kind()).values())))
     for run in runs[1:]:
@@ -59,7 +75,7 @@ def test_means_over_items_are_true_means_over_the_global_batch(tmp_path: Path) -
     method.student.module.zero_grad()
     train(tmp_path, method, data, train_batch_size=2, gradient_accumulation_steps=4, max_train_steps=1)
     (row,) = rows(tmp_path)
-    assert_close(row["loss"], float(whole), rtol=1e-6, atol=0)
+    assert_close(row["loss"], whole.item(), rtol=1e-6, atol=0)
     assert_close(row["grad_norm"], float(norm), rtol=1e-5, atol=0)
 
 
@@ -149,8 +165,8 @@ class Watched(Duel):
 def test_no_gradient_is_computed_for_frozen_roles(tmp_path: Path) -> None:
     method = Watched()
     train(tmp_path, method, max_train_steps=2)  # critic, student; critic
-    assert method.touched == ["critic"] * 4 * 2 + ["student"] * 4 + ["critic"] * 4 * 2 or set(method.touched) == {"critic", "student"}
-    assert method.touched.count("student") == 4  # its 4 parameters once; the critic's phase never
+    # hooks fire once a backward: 4 parameters each, the critic's on both steps, the student's on the first
+    assert method.touched == ["critic"] * 4 + ["student"] * 4 + ["critic"] * 4
 
 
 class Recycled(Numbers):
@@ -219,7 +235,9 @@ class Broken(Duel):
         return Losses({"sum": loss * factor + nothing}, {"metric": metric}, count=len(batch))
 
 
-@pytest.mark.parametrize(("what", "named"), [("loss", "loss"), ("infinite", "loss"), ("gradient", "gradient norm of critic")])
+@pytest.mark.parametrize(
+    ("what", "named"), [("loss", "loss"), ("infinite", "loss"), ("gradient", "gradient norm of critic")]
+)
 def test_what_is_not_finite_raises_before_the_step(tmp_path: Path, what: str, named: str) -> None:
     good = train(tmp_path / "two", Broken(what), max_train_steps=2)
     method = Broken(what)
@@ -269,7 +287,9 @@ def test_validation_does_not_touch_training(tmp_path: Path) -> None:
         torch.manual_seed(step)
         torch.rand(step)
 
-    Trainer(options(validation_steps=2, ema_decay=0.9), tmp_path / "told").fit(method, Numbers(), on_validate=on_validate)
+    Trainer(options(validation_steps=2, ema_decay=0.9), tmp_path / "told").fit(
+        method, Numbers(), on_validate=on_validate
+    )
     assert asked == [(2, False), (4, False), (6, False)]
     assert_close(weights(method), weights(plain), **EXACT)
 
@@ -304,7 +324,9 @@ class Ladder(Regression):
 
 def test_a_round_starts_afresh(tmp_path: Path) -> None:
     method, ends = Ladder(), []
-    config = options(max_train_steps=3, ema_decay=0.5, lr_scheduler="linear", learning_rate=0.3, checkpoints_total_limit=None)
+    config = options(
+        max_train_steps=3, ema_decay=0.5, lr_scheduler="linear", learning_rate=0.3, checkpoints_total_limit=None
+    )
     Trainer(config, tmp_path).fit(method, Numbers(), on_round=lambda n: ends.append((n, weights(method))))
     assert [n for n, _ in ends] == [0, 1, 2]
     assert [row["step"] for row in rows(tmp_path)] == list(range(1, 10)), "the global step counts on"
@@ -315,7 +337,9 @@ def test_a_round_starts_afresh(tmp_path: Path) -> None:
     assert_close(steps, [torch.tensor(3.0)] * 4, **EXACT)
     # the teacher of round 2 is the average that round 1 ended with, which on_round was shown
     student = {n: v for n, v in ends[1][1].items() if n.startswith("student")}
-    assert_close({n.replace("teacher", "student"): v for n, v in weights(method).items() if "teacher" in n}, student, **EXACT)
+    assert_close(
+        {n.replace("teacher", "student"): v for n, v in weights(method).items() if "teacher" in n}, student, **EXACT
+    )
 
 
 def test_fits_follow_each_other_and_finished_ones_are_skipped(tmp_path: Path) -> None:

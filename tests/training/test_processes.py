@@ -1,0 +1,69 @@
+"""Two processes compute what one does at the same global batch, stop together and fail together."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from torch.testing import assert_close
+from toy_process import ranks
+from toys import rows, saved
+
+TESTS = Path(__file__).resolve().parent.parent
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="gloo over torchrun")
+
+
+def launched(mode: str, folder: Path, processes: int) -> None:
+    """The runs of `mode`, in one or several processes."""
+    folder.mkdir(exist_ok=True)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+    }
+    torchrun = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
+    )
+    command = [sys.executable, *torchrun, str(TESTS / "toy_process.py"), mode, str(folder)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def agree(folder: Path, other: Path) -> None:
+    """The same tensors (weights, moments, averages), counters and losses, up to the order of sums."""
+    (tensors, state), (wanted, wanted_state) = saved(folder), saved(other)
+    assert_close(tensors, wanted, rtol=1e-5, atol=1e-6)
+    assert state == wanted_state
+    assert_close(rows(folder), rows(other), rtol=1e-5, atol=1e-6)
+
+
+def test_two_processes_compute_what_one_does(tmp_path: Path) -> None:
+    (tmp_path / "1").mkdir()
+    ranks(tmp_path / "1")
+    launched("ranks", tmp_path / "2", processes=2)
+    one, two = tmp_path / "1", tmp_path / "2"
+    for run in ("regression", "duel", "uneven", "lcm", "shared"):
+        agree(two / run, one / run)
+    # SIGTERM came to one of the two: both stopped after this step, and it is saved
+    ends = [json.loads((two / f"ends-{rank}.json").read_text()) for rank in (0, 1)]
+    assert [end["stopped"] for end in ends] == ["143", "143"]
+    assert saved(two / "stopped")[1]["round"] == 0 and [row["step"] for row in rows(two / "stopped")] == [1, 2, 3]
+    assert (two / "stopped" / "checkpoints" / "3").is_dir()
+    # the loss of one of the two was NaN: both raised before the step
+    for end in ends:
+        assert "loss (loss = nan" in end["poisoned"] and "at step 3" in end["poisoned"]
+    assert [row["step"] for row in rows(two / "poisoned")] == [1, 2]
+
+
+@pytest.mark.slow
+def test_two_processes_train_a_lora_of_stable_diffusion_as_one_does(tmp_path: Path) -> None:
+    from tiny import tiny_pipeline
+
+    for processes in (1, 2):
+        tiny_pipeline(tmp_path / str(processes) / "pipeline")
+        launched("ranks_sd", tmp_path / str(processes), processes)
+    agree(tmp_path / "2" / "lcm", tmp_path / "1" / "lcm")

@@ -1,0 +1,285 @@
+"""A killed run goes on to the same bits: in-process at every kind of moment, and with kill -9 at random ones."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.testing import assert_close
+from toys import EXACT, Duel, Numbers, Regression, network, options, rows, saved, stopping_after, train, weights
+
+from stepdistill.errors import InputError
+from stepdistill.method import Method
+from stepdistill.networks.network import Network
+from stepdistill.training.trainer import Trainer
+
+TESTS = Path(__file__).resolve().parent.parent
+
+
+class Killed(BaseException):
+    @classmethod
+    def now(cls, *_: Any) -> None:
+        raise cls
+
+
+def same(folder: Path, other: Path) -> None:
+    """The same bits in every tensor of the last checkpoint, the same state, the same metrics."""
+    (tensors, state), (wanted, wanted_state) = saved(folder), saved(other)
+    assert {"student/0.weight", "student.optimizer/state.0.exp_avg"} <= set(wanted) or any("lora" in n for n in wanted)
+    assert_close(tensors, wanted, **EXACT)
+    assert state == wanted_state
+    assert rows(folder) == rows(other)
+
+
+class Ladder(Regression):
+    """Rounds, with the last round's student as teacher."""
+
+    def __init__(self) -> None:
+        super().__init__(dropout=0.3)
+        self.teacher, self.rung = self.student.frozen_copy(), 3
+
+    def networks(self) -> dict[str, Network]:
+        return {"student": self.student, "teacher": self.teacher}
+
+    def next_round(self) -> bool:
+        self.rung -= 1
+        if self.rung:
+            self.teacher.module.load_state_dict(self.student.module.state_dict())
+        return self.rung > 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "rung": self.rung}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.rung = state["rung"]
+
+
+@pytest.mark.parametrize("step", [1, 3, 4, 9])
+@pytest.mark.parametrize("make", [lambda: Regression(dropout=0.3), Duel, Ladder])
+def test_killed_in_a_step_and_resumed_is_the_same(tmp_path: Path, make: Callable[[], Method], step: int) -> None:
+    changes = {"max_train_steps": 9, "checkpointing_steps": 2, "ema_decay": 0.9, "lr_scheduler": "linear"}
+    if make is Ladder:
+        changes |= {"max_train_steps": 4}
+    whole = train(tmp_path / "whole", make(), **changes)
+    method = make()
+    with stopping_after(method, step, Killed.now), pytest.raises(Killed):
+        train(tmp_path / "killed", method, **changes)
+    resumed = train(tmp_path / "killed", make(), resume_from_checkpoint="latest", **changes)
+    same(tmp_path / "killed", tmp_path / "whole")
+    assert_close(weights(resumed), weights(whole), **EXACT)
+    assert resumed.state_dict() == whole.state_dict()
+
+
+@pytest.mark.parametrize("moment", ["on_round", "next_round"])
+def test_killed_between_two_rounds_and_resumed_is_the_same(tmp_path: Path, moment: str) -> None:
+    config = {"max_train_steps": 3, "ema_decay": 0.9}
+    whole, ends = Ladder(), []
+    Trainer(options(**config), tmp_path / "whole").fit(whole, Numbers(), on_round=ends.append)
+    method = Ladder()
+    original, calls = method.next_round, []
+
+    def on_round(number: int) -> None:
+        if moment == "on_round" and number == 1:
+            raise Killed
+
+    def next_round() -> bool:
+        more = original()
+        calls.append(more)
+        if moment == "next_round" and len(calls) == 2:
+            raise Killed
+        return more
+
+    method.next_round = next_round  # type: ignore[method-assign]
+    with pytest.raises(Killed):
+        Trainer(options(**config), tmp_path / "killed").fit(method, Numbers(), on_round=on_round)
+    resumed, again = Ladder(), []
+    trainer = Trainer(options(resume_from_checkpoint="latest", **config), tmp_path / "killed")
+    trainer.fit(resumed, Numbers(), on_round=again.append)
+    assert (ends, again) == ([0, 1, 2], [1, 2]), "the round it was killed at the end of ends once more"
+    same(tmp_path / "killed", tmp_path / "whole")
+    assert_close(weights(resumed), weights(whole), **EXACT)
+
+
+def test_a_finished_run_continued_is_the_longer_run(tmp_path: Path) -> None:
+    changes = {"ema_decay": 0.5, "checkpointing_steps": 4}
+    train(tmp_path / "short", max_train_steps=6, **changes)
+    resumed = train(tmp_path / "short", max_train_steps=11, resume_from_checkpoint="latest", **changes)
+    whole = train(tmp_path / "whole", max_train_steps=11, **changes)
+    same(tmp_path / "short", tmp_path / "whole")
+    assert_close(weights(resumed), weights(whole), **EXACT)
+
+
+def test_a_finished_run_resumed_is_loaded_and_left_as_it_is(tmp_path: Path) -> None:
+    whole = train(tmp_path, ema_decay=0.5)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    resumed = train(tmp_path, Regression(seed=9), ema_decay=0.5, resume_from_checkpoint="latest")
+    assert_close(weights(resumed), weights(whole), **EXACT)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_resuming_from_a_step_or_a_folder(tmp_path: Path) -> None:
+    train(tmp_path / "whole", checkpointing_steps=2)
+    for name, which in (("step", "4"), ("folder", str(tmp_path / "whole" / "checkpoints" / "4"))):
+        shutil.copytree(tmp_path / "whole", tmp_path / name)
+        train(tmp_path / name, checkpointing_steps=2, resume_from_checkpoint=which)
+        same(tmp_path / name, tmp_path / "whole")
+
+
+def test_a_damaged_checkpoint_costs_steps_but_no_bits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    changes = {"checkpointing_steps": 2, "max_train_steps": 5}
+    train(tmp_path / "whole", **changes)
+    shutil.copytree(tmp_path / "whole", tmp_path / "hurt")
+    file = tmp_path / "hurt" / "checkpoints" / "5" / "student.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\xff")
+    train(tmp_path / "hurt", resume_from_checkpoint="latest", **changes)
+    assert "student.safetensors" in caplog.text and "going back to step 4" in caplog.text
+    same(tmp_path / "hurt", tmp_path / "whole")
+
+
+def test_without_a_checkpoint_it_says_that_it_starts_at_step_0(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    method = Regression()
+    with stopping_after(method, 3, Killed.now), pytest.raises(Killed):
+        train(tmp_path / "killed", method)
+    capsys.readouterr()
+    train(tmp_path / "killed", resume_from_checkpoint="latest")
+    assert "starting from step 0" in capsys.readouterr().out
+    train(tmp_path / "whole")
+    same(tmp_path / "killed", tmp_path / "whole")
+    train(tmp_path / "whole", resume_from_checkpoint="latest")
+    assert f"resuming from {tmp_path / 'whole' / 'checkpoints' / '6'} (step 6)" in capsys.readouterr().out
+
+
+class Wide(Regression):
+    """Another size of the same layers, as another LoRA rank would be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.student = network(0, width=4)
+
+
+class Renamed(Regression):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("make", "data", "changes", "named"),
+    [
+        (Regression, Numbers, {"seed": 1}, "seed 0"),
+        (Regression, Numbers, {"train_batch_size": 4}, "global batch size 8"),
+        (Regression, Numbers, {"gradient_accumulation_steps": 2}, "global batch size 8"),
+        (Regression, lambda: Numbers(count=63), {}, "number of samples 64"),
+        (Regression, Numbers, {"ema_decay": 0.9}, "ema_decay"),
+        (Renamed, Numbers, {}, "method Regression"),
+        (Duel, Numbers, {}, "method Regression"),
+        (Wide, Numbers, {}, "method Regression"),
+    ],
+)
+def test_resuming_as_another_run_is_refused(
+    tmp_path: Path, make: Callable[[], Method], data: Callable[[], Numbers], changes: dict[str, Any], named: str
+) -> None:
+    train(tmp_path)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    with pytest.raises(InputError, match=f"expected .*{named}.*(start anew)"):
+        train(tmp_path, make(), data(), resume_from_checkpoint="latest", **changes)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_networks_of_other_shapes_are_refused(tmp_path: Path) -> None:
+    train(tmp_path)
+    method = Regression()
+    method.student = network(0, width=4)
+    with pytest.raises(InputError, match=r"names or shapes \(0.weight, 2.bias, 2.weight\).*rank.*start anew"):
+        train(tmp_path, method, Numbers(width=4), resume_from_checkpoint="latest")
+
+
+def test_the_same_global_batch_in_other_parts_may_go_on(tmp_path: Path) -> None:
+    train(tmp_path, max_train_steps=3)
+    changes = {"train_batch_size": 2, "gradient_accumulation_steps": 4, "resume_from_checkpoint": "latest"}
+    method, whole = train(tmp_path, max_train_steps=6, **changes), train(tmp_path / "whole", max_train_steps=6)
+    assert_close(weights(method), weights(whole), rtol=1e-4, atol=1e-6)
+
+
+def test_new_options_of_the_optimizer_hold_from_the_next_step_on(tmp_path: Path) -> None:
+    train(tmp_path / "plain", max_train_steps=3)
+    shutil.copytree(tmp_path / "plain", tmp_path / "decayed")
+    before, again = saved(tmp_path / "plain")[0], {"max_train_steps": 4, "resume_from_checkpoint": "latest"}
+    plain = train(tmp_path / "plain", **again)
+    decayed = train(tmp_path / "decayed", adam_weight_decay=1.0, **again)
+    # AdamW first shrinks by lr * decay (.01 is the default): the two differ by that, and in nothing else
+    for name, value in weights(decayed).items():
+        assert_close(weights(plain)[name] - value, 1e-2 * (1.0 - 0.01) * before[name], rtol=1e-3, atol=1e-6)
+
+
+def test_an_earlier_fit_made_longer_is_refused_by_the_later(tmp_path: Path) -> None:
+    def run(steps: int, resume: str | None) -> None:
+        trainer = Trainer(options(resume_from_checkpoint=resume), tmp_path)
+        trainer.fit(Regression(), Numbers(), "first", steps=steps)
+        trainer.fit(Duel(), Numbers(), "second", steps=2)
+
+    run(3, None)
+    with pytest.raises(InputError, match="first step 3.*got 4"):
+        run(4, "latest")
+
+
+def test_a_run_of_named_fits_goes_on_from_its_latest_only(tmp_path: Path) -> None:
+    Trainer(options(max_train_steps=2), tmp_path).fit(Regression(), Numbers(), "first")
+    with pytest.raises(InputError, match="latest in a run of named fits, got '2'"):
+        Trainer(options(max_train_steps=2, resume_from_checkpoint="2"), tmp_path).fit(Regression(), Numbers(), "first")
+
+
+def test_trackers_are_told_nothing_of_a_finished_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorBoard hides all that comes after the step a tracker is opened at: a finished fit must not open one."""
+    starts: list[int] = []
+
+    class Told:
+        def __init__(self, _report_to: Any, _folder: Any, _config: Any, start: int, _enabled: bool) -> None:
+            starts.append(start)
+
+        def log(self, row: dict[str, Any], step: int) -> None: ...
+        def close(self) -> None: ...
+
+    monkeypatch.setattr("stepdistill.training.loop.Trackers", Told)
+    for resume, steps in ((None, 2), ("latest", 4)):
+        trainer = Trainer(options(max_train_steps=2, resume_from_checkpoint=resume), tmp_path)
+        trainer.fit(Regression(), Numbers(), "first")
+        trainer.fit(Duel(), Numbers(), "second", steps=steps)
+    assert starts == [0, 2, 4]
+
+
+# -- kill -9 -----------------------------------------------------------------------------------------------------------
+
+
+def lives(mode: str, folder: Path) -> list[int]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(TESTS / "toy_process.py"), mode, str(folder)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    codes = json.loads(done.stdout.splitlines()[-1])["codes"]
+    assert done.stdout.count("resuming from") >= 2, "some lives must have begun in the middle"
+    return codes
+
+
+def check_lives(codes: list[int], folder: Path) -> None:
+    # a life may also have ended before its kill came
+    assert codes.count(-9) >= 3 and set(codes) <= {0, -9} and codes[-2:] == [0, 0]
+    same(folder / "killed", folder / "whole")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="forks")
+def test_killed_at_random_moments_and_resumed_is_the_same(tmp_path: Path) -> None:
+    check_lives(lives("kills", tmp_path), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="forks")
+def test_a_killed_and_resumed_lora_of_stable_diffusion_is_the_same(tmp_path: Path) -> None:
+    from tiny import tiny_pipeline
+
+    tiny_pipeline(tmp_path / "pipeline")
+    check_lives(lives("kills_sd", tmp_path), tmp_path)
