@@ -1,32 +1,31 @@
 """Makes the small Stable Diffusion teacher that ships with stepdistill: judge, text model, autoencoder, UNet.
 
-    python recipes/demo_teacher.py --output_dir out/demo_teacher
-
 Each stage is a run of its own under output_dir; `--resume true` goes on where a killed one was.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from stepdistill.config import Parsed, run, write_config
 from stepdistill.training.config import TrainConfig
 
 
-def _train(steps: int, batch: int, lr: float, warmup: int, **more: float) -> TrainConfig:
+def _train(steps: int, batch: int, lr: float, warmup: int, ema_decay: float | None = None) -> TrainConfig:
     return TrainConfig(
         max_train_steps=steps, train_batch_size=batch, learning_rate=lr, lr_scheduler="cosine", lr_warmup_steps=warmup,
-        checkpointing_steps=250, **more,
+        ema_decay=ema_decay, checkpointing_steps=250,
     )  # fmt: skip
 
 
 @dataclass
 class Recipe:
-    """Options.
+    """Making the demo teacher.
 
     Attributes:
         judge: training of the judge.
         text: training of the text model.
         autoencoder: training of the autoencoder.
+        decoder: further training of its decoder alone.
         unet: training of the UNet.
         images: pictures of the world that the stages train on.
         threads: CPU threads; 0 leaves PyTorch's own choice.
@@ -37,8 +36,9 @@ class Recipe:
     judge: TrainConfig = field(default_factory=lambda: _train(1000, 64, 3e-3, 100))
     text: TrainConfig = field(default_factory=lambda: _train(1500, 128, 2e-3, 100))
     autoencoder: TrainConfig = field(default_factory=lambda: _train(5000, 16, 8e-4, 20))
+    decoder: TrainConfig = field(default_factory=lambda: _train(3000, 16, 5e-4, 20))
     unet: TrainConfig = field(default_factory=lambda: _train(5000, 64, 1e-3, 200, ema_decay=0.999))
-    images: int = 20000
+    images: int = 12000
     threads: int = 0
     resume: bool = False
     output_dir: str = "out/demo_teacher"
@@ -52,14 +52,12 @@ def main(parsed: Parsed[Recipe]) -> None:
     recipe, out = parsed.recipe, Path(parsed.recipe.output_dir)
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
-    latest = "latest" if recipe.resume else None
-    judge_config, text_config, autoencoder_config, unet_config = (
-        replace(c, resume_from_checkpoint=latest) for c in (recipe.judge, recipe.text, recipe.autoencoder, recipe.unet)
-    )
-    judge = making.make_judge(judge_config, out / "judge", recipe.images)
-    text = making.make_text(text_config, out / "text", recipe.images)
-    vae = making.make_autoencoder(autoencoder_config, out / "autoencoder", recipe.images, judge)
-    unet = making.make_unet(unet_config, out / "unet", recipe.images, text, vae)
+    for config in (recipe.judge, recipe.text, recipe.autoencoder, recipe.decoder, recipe.unet):
+        config.resume_from_checkpoint = "latest" if recipe.resume else None
+    judge = making.make_judge(recipe.judge, out / "judge", recipe.images)
+    text = making.make_text(recipe.text, out / "text", recipe.images)
+    vae = making.make_autoencoder(recipe.autoencoder, recipe.decoder, out / "autoencoder", recipe.images, judge)
+    unet = making.make_unet(recipe.unet, out / "unet", recipe.images, text, vae)
     teacher.save(out / "teacher", teacher.tokenizer(), text, vae, unet)
     write_config(parsed, out)
 

@@ -1,17 +1,16 @@
 """LCM-LoRA (arXiv 2311.05556): an adapter that lets a Stable Diffusion model sample in 1-8 steps.
 
-accelerate launch recipes/lcm_lora.py                                             # the demo teacher
-accelerate launch recipes/lcm_lora.py --config recipes/configs/lcm_lora_sd15.yaml --data.path FOLDER --output_dir out/x
+accelerate launch recipes/lcm_lora.py     # the demo teacher; or --config recipes/configs/lcm_lora_sd15.yaml --data.path FOLDER
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from stepdistill import families
 from stepdistill.bench.config import EvalConfig
 from stepdistill.config import Parsed, run
-from stepdistill.data.images import DataConfig
+from stepdistill.data.images import DataConfig, open_images
 from stepdistill.export.config import ExportConfig
-from stepdistill.families import TeacherConfig
 from stepdistill.methods.lcm import LCM, LCMConfig
 from stepdistill.networks.lora import StudentConfig
 from stepdistill.training.config import TrainConfig
@@ -23,7 +22,7 @@ DEMO = Path(__file__).resolve().parent / "configs" / "lcm_lora_demo.yaml"
 class Recipe:
     """output_dir is the run folder: adapter, scheduler, model card, metrics, checkpoints, samples."""
 
-    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    teacher: families.TeacherConfig = field(default_factory=families.TeacherConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
     data: DataConfig = field(default_factory=DataConfig)
     method: LCMConfig = field(default_factory=LCMConfig)
@@ -34,9 +33,7 @@ class Recipe:
 
 
 def main(parsed: Parsed[Recipe]) -> None:
-    from stepdistill import families
     from stepdistill.bench.finish import finish, sampler
-    from stepdistill.data.images import open_images
     from stepdistill.data.latents import cache_latents
     from stepdistill.export.student import export_student
     from stepdistill.training.trainer import Trainer
@@ -46,8 +43,7 @@ def main(parsed: Parsed[Recipe]) -> None:
     images = open_images(r.data)
     model = families.load(r.teacher, trainer.weight_dtype).to(trainer.device)
     student = model.denoiser.with_lora(r.student.spec(model.denoiser.lora_targets), seed=r.train.seed)
-    if r.train.gradient_checkpointing:
-        student.checkpoint_activations()
+    student.checkpoint_activations(r.train.gradient_checkpointing)
     method = LCM(r.method, student, teacher=model.denoiser)
     resolution, cache = r.data.resolution or model.resolution, r.data.cache_folder()
     data = cache_latents(

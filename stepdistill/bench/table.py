@@ -67,15 +67,9 @@ class Row:
 
 def environment() -> dict[str, Any]:
     """What seconds and last digits depend on: versions, platform, threads, accelerator."""
-    packages = {}
-    for name in ("torch", "diffusers", "transformers", "peft", "torchmetrics"):
-        try:
-            packages[name] = version(name)
-        except PackageNotFoundError:
-            packages[name] = "not installed"
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return {
-        "packages": packages,
+        **{name: _version(name) for name in ("torch", "diffusers", "transformers", "peft", "torchmetrics")},
         "python": platform.python_version(),
         "platform": platform.platform(),
         "machine": platform.machine(),
@@ -83,6 +77,13 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "accelerator": str(accelerator or "none"),
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 @dataclass

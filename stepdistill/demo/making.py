@@ -1,4 +1,4 @@
-"""The demo teacher's stages in order, each a resumable run of its own that ends with a check: judge, text, autoencoder, UNet."""
+"""The demo teacher's stages in order, each a resumable run that ends with a check: judge, text, autoencoder, UNet."""
 
 from __future__ import annotations
 
@@ -61,17 +61,30 @@ def make_text(config: TrainConfig, folder: Path, captions: int) -> Any:
     return text
 
 
-def make_autoencoder(config: TrainConfig, folder: Path, images: int, judge: Judge) -> Any:
-    """The autoencoder, trained and written to `folder`; prints what the judge reads in its reconstructions."""
+def make_autoencoder(config: TrainConfig, decoder: TrainConfig, folder: Path, images: int, judge: Judge) -> Any:
+    """The autoencoder, trained and written to `folder`; prints what the judge reads in its reconstructions.
+
+    All of it first, then its decoder alone with an error that is dear where shapes are. The second run leaves the latents as
+    they are, so it may be made, or made anew, beside or after the denoiser's.
+    """
     vae = made(config.seed, teacher.autoencoder)
     pixels = stages.WorldPixels(World(TRAIN_SEED), images)
-    _fit(config, folder, stages.Autoencoding(stages.AutoencodingConfig(), vae), pixels)
-    test = World(TEST_SEED)
+    whole = stages.AutoencodingConfig(l1_weight=1.0, l2_weight=0.0, edge_weight=0.5)
+    _fit(config, folder, stages.Autoencoding(whole, vae), pixels)
     stages.set_scaling_factor(vae, World(TRAIN_SEED).pixels(range(CHECKED)))
-    scores = stages.reconstruction_accuracy(judge, vae, test.pixels(range(CHECKED)), test.labels(range(CHECKED)))
-    print(f"judge on {CHECKED} reconstructions: {_shown(scores)}; scaling factor {vae.config.scaling_factor:.4f}")
+    _check_autoencoder(vae, judge)
+    vae.decoder.requires_grad_(True)
+    refined = stages.AutoencodingConfig(l1_weight=1.0, l2_weight=2.0, edge_weight=0.5, kl_weight=0.0)
+    _fit(decoder, folder / "decoder", stages.Autoencoding(refined, vae), pixels)
+    _check_autoencoder(vae, judge)
     vae.save_pretrained(folder / "vae")
     return vae
+
+
+def _check_autoencoder(vae: Any, judge: Judge) -> None:
+    test = World(TEST_SEED)
+    scores = stages.reconstruction_accuracy(judge, vae, test.pixels(range(CHECKED)), test.labels(range(CHECKED)))
+    print(f"judge on {CHECKED} reconstructions: {_shown(scores)}; scaling factor {vae.config.scaling_factor:.4f}")
 
 
 def make_unet(config: TrainConfig, folder: Path, images: int, text: nn.Module, vae: nn.Module) -> Any:

@@ -47,13 +47,16 @@ class UNet(Denoiser):
         embeds = cond["prompt_embeds"].to(self.dtype)
         return self.net(x_t.to(self.dtype), timestep, encoder_hidden_states=embeds, return_dict=False)[0]
 
-    def checkpoint_activations(self) -> None:
+    def checkpoint_activations(self, wanted: bool = True) -> None:
         module: Any = self.module
-        module.enable_gradient_checkpointing()
+        if wanted:
+            module.enable_gradient_checkpointing()
 
 
 class StableDiffusion(Model):
-    """An SD 1.x / 2.x checkpoint (StableDiffusionPipeline, LatentConsistencyModelPipeline)."""
+    """An SD 1.x / 2.x checkpoint, opened as a StableDiffusionPipeline."""
+
+    denoiser: UNet
 
     def __init__(self, pipeline: StableDiffusionPipeline, name: str) -> None:
         self.name = name

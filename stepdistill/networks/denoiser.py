@@ -50,9 +50,10 @@ class Denoiser(Network, ABC):
         """The prediction at x_t [B, ...], t [B] float64 on the CPU."""
         return read(self.predicts, self.schedule, self.output(x_t, t, cond), x_t, t)
 
-    def checkpoint_activations(self) -> None:
-        """Trades compute for memory: activations are computed again in backward. Families that can, override this."""
-        raise InputError(f"{type(self).__name__} has no gradient checkpointing; drop --train.gradient_checkpointing")
+    def checkpoint_activations(self, wanted: bool = True) -> None:
+        """If `wanted`, trades compute for memory: activations are computed again in backward. InputError if it can't be."""
+        if wanted:
+            raise InputError(f"{type(self).__name__} has no gradient checkpointing; drop --train.gradient_checkpointing")
 
     def with_lora(self, spec: LoraSpec, name: str = "student", seed: int = 0) -> Self:
         """A student that shares this network's weights and trains an adapter on them.

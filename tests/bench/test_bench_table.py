@@ -49,7 +49,7 @@ def test_environment_says_what_the_seconds_belong_to() -> None:
     import torch
 
     here = environment()
-    assert here["packages"]["torch"] == torch.__version__
+    assert here["torch"] == torch.__version__
     assert here["threads"] == torch.get_num_threads()
     assert {"python", "platform", "machine", "cpus", "accelerator"} < here.keys()
 
