@@ -45,13 +45,13 @@ def main(parsed: Parsed[Recipe]) -> None:
     student = model.denoiser.with_lora(r.student.spec(model.denoiser.lora_targets), seed=r.train.seed)
     student.checkpoint_activations(r.train.gradient_checkpointing)
     method = LCM(r.method, student, teacher=model.denoiser)
-    resolution, cache = r.data.resolution or model.resolution, r.data.cache_folder()
-    data = cache_latents(
-        model, images, resolution, cache, r.data.encode_batch_size, main=trainer.is_main, wait=trainer.wait
-    )
+    size, folder = r.data.resolution or model.resolution, r.data.cache_folder()
+    data = cache_latents(model, images, size, folder, r.data.encode_batch_size, main=trainer.is_main, wait=trainer.wait)
 
-    trainer.fit(method, data, on_validate=sampler(model, student, r.method, r.train.validation_prompts, r.output_dir))
+    samples = sampler(model, student, r.method, r.train.validation_prompts, r.output_dir)
+    trainer.fit(method, data, on_validate=samples)
     if trainer.is_main:
+        samples(trainer.step)
         export_student(r.output_dir, model, student, r.teacher, r.method, r.export)
         finish(r.output_dir, r.teacher, r.method, r.eval)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-
 from ..export.card import loading_lines
 from ..export.sampling import sampling
 from ..families import Model, TeacherConfig, load
@@ -23,16 +22,16 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 def sampler(
     model: Model, student: Denoiser, method: LCMConfig, prompts: Sequence[str] | None, folder: str | Path, seed: int = 0
-) -> Callable[[int], None] | None:
+) -> Callable[[int], None]:
     """A callback that writes `samples/<step>.png`: a row a prompt, a column a number of steps, one noise a row.
 
-    None without prompts. The noise depends on `seed` and the prompt's place alone, so pictures of one run compare.
+    Without prompts it does nothing. The noise depends on `seed` and the prompt's place alone, so pictures of one run compare.
     """
-    if not prompts:
-        return None
     plan = sampling(method, model)
 
     def sample(step: int) -> None:
+        if not prompts:
+            return
         pipe = model.pipeline(student)
         pipe.scheduler = type(plan.scheduler).from_config(plan.scheduler.config)
         with student.active():

@@ -52,6 +52,12 @@ def test_form(pipe: Any) -> None:
     assert made.std() > 5
 
 
+def test_images_are_those_the_pipeline_saves(pipe: Any) -> None:
+    noise, draws = initial_noise((4, 4, 4), 0, range(5)), step_generators(0, range(5))
+    made = pipe(PROMPTS, num_inference_steps=3, guidance_scale=2.0, latents=noise, generator=draws).images
+    np.testing.assert_array_equal(images(pipe), np.stack([np.asarray(image) for image in made]))
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 4])
 def test_batch_size_changes_nothing_but_rounding(pipe: Any, batch_size: int) -> None:
     assert apart(images(pipe, batch_size=batch_size), images(pipe, batch_size=5)) <= 1

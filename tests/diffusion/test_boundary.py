@@ -5,14 +5,14 @@ from torch.testing import assert_close
 from stepdistill.diffusion.boundary import lcm_scalings
 
 
-@pytest.mark.parametrize("timestep_scaling", [10.0, 1.0])
-def test_scalings_are_those_of_the_lcm_scheduler(timestep_scaling: float) -> None:
+@pytest.mark.parametrize("settings", [{}, {"timestep_scaling": 3.0}], ids=["defaults", "other"])
+def test_scalings_are_those_of_the_lcm_scheduler(settings: dict[str, float]) -> None:
     from diffusers.schedulers.scheduling_lcm import LCMScheduler
 
-    scheduler = LCMScheduler(timestep_scaling=timestep_scaling)
+    scheduler = LCMScheduler.from_config(settings)
     scheduler.set_timesteps(4)  # it sets sigma_data there
     theirs = [scheduler.get_scalings_for_boundary_condition_discrete(n) for n in range(1000)]
-    c_skip, c_out = lcm_scalings(torch.arange(1000), timestep_scaling)
+    c_skip, c_out = lcm_scalings(torch.arange(1000), **settings)
     expected = torch.tensor(theirs, dtype=torch.float64)
     assert_close(c_skip, expected[:, 0], rtol=1e-12, atol=0)
     assert_close(c_out, expected[:, 1], rtol=1e-12, atol=0)

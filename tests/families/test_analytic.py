@@ -153,6 +153,16 @@ def test_quantile_map_of_one_component_is_the_gaussian_map(schedule: NoiseSchedu
         assert_close(mixture.exact_map(x, at(t), at(u)), gaussian.exact_map(x, at(t), at(u)), rtol=1e-13, atol=1e-13)
 
 
+def test_quantile_map_of_a_mirrored_mixture_is_mirrored() -> None:
+    """Both tails, out to where 1 - F is far below float64's resolution near 1."""
+    mixture = Mixture([-1.0, 1.5], [0.25, 0.4], [0.35, 0.65], Cosine())
+    mirrored = Mixture([1.0, -1.5], [0.25, 0.4], [0.35, 0.65], Cosine())
+    x = torch.linspace(-15, 15, 31, dtype=torch.float64)
+    t, u = at(0.7, 31), at(0.0, 31)
+    assert_close(mirrored.exact_map(-x, t, u), -mixture.exact_map(x, t, u), rtol=1e-12, atol=1e-12)
+    assert_close(mixture.exact_map(mixture.exact_map(x, t, u), u, t), x, rtol=1e-11, atol=1e-11)
+
+
 def test_quantile_map_keeps_quantiles() -> None:
     mixture = teacher("mixture", Cosine())
     x = torch.linspace(-3, 3, 25, dtype=torch.float64)
