@@ -128,7 +128,7 @@ def _bytes(output: Any) -> Images:
     """A pipeline's float images as Diffusers makes its PIL images of them."""
     if any(output.get("nsfw_content_detected") or ()):
         raise InputError("expected images, got some blacked out by a safety checker; load with safety_checker=None")
-    images: Images = (output.images * 255).astype(np.uint8)
+    images: Images = (output.images * 255).round().astype(np.uint8)
     return images
 
 

@@ -134,8 +134,7 @@ def _load(pipeline: Any, folder: str | Path) -> None:
     logger, quiet = logging.getLogger("diffusers.loaders.lora_base"), _NoTextEncoderKeys()
     logger.addFilter(quiet)
     try:
-        with torch.random.fork_rng(devices=[]):  # PEFT initialises what it then overwrites
-            pipeline.load_lora_weights(str(folder), adapter_name=GUEST)
+        pipeline.load_lora_weights(str(folder), adapter_name=GUEST)
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         raise ExportError(f"Diffusers does not load the adapter in {folder}: {error}") from error
     finally:

@@ -145,12 +145,18 @@ def test_the_check_leaves_no_trace(base: Path, tmp_path: Path) -> None:
             assert torch.equal(run_unet(module), output)
 
 
-def test_the_check_works_under_autocast_and_without_its_rounding(base: Path, tmp_path: Path) -> None:
+def test_the_check_sees_past_the_rounding_of_an_autocast_around_it(base: Path, tmp_path: Path) -> None:
     model = opened(base)
     student = student_of(model)
     save_lora(student, tmp_path)
-    with torch.autocast("cpu", torch.bfloat16):
+    weight = student.module.conv_out.weight
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         verify(tmp_path, model, student, TeacherConfig(str(base)), "full")
+        rounded = weight.bfloat16()
+        weight.mul_(1 + 1e-6)
+        assert torch.equal(weight.bfloat16(), rounded)
+        with pytest.raises(ExportError, match="computes something else"):
+            verify(tmp_path, model, student, TeacherConfig(str(base)), "full")
 
 
 def test_a_base_that_changed_in_memory_is_seen_by_the_full_check(base: Path, tmp_path: Path) -> None:
