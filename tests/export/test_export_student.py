@@ -54,7 +54,7 @@ def test_the_scheduler_samples_the_trained_grid_with_the_trained_boundary(
 
     zero_snr = prediction_type == "v_prediction"
     base = tiny_pipeline(tmp_path / "base", prediction_type=prediction_type, rescale_betas_zero_snr=zero_snr)
-    method = LCMConfig(num_ddim_timesteps=points, timestep_scaling=8.0)
+    method = LCMConfig(num_ddim_timesteps=points, timestep_scaling=0.1)
     exported(base, tmp_path / "run", method)
     scheduler = LCMScheduler.from_pretrained(str(tmp_path / "run"), subfolder="scheduler")
     model = opened(base)
@@ -65,13 +65,14 @@ def test_the_scheduler_samples_the_trained_grid_with_the_trained_boundary(
         assert set(scheduler.timesteps.tolist()) <= set(trained)
         assert scheduler.timesteps[0] == trained[0] == 999
     assert scheduler.config.prediction_type == prediction_type
-    # one step of the scheduler is the consistency function of the training
-    scheduler.set_timesteps(1)
-    x_t, output = torch.randn(2, 4, 4, 4), torch.randn(2, 4, 4, 4)
-    t = torch.ones(2, dtype=torch.float64)
-    expected = lcm.consistency(x_t, t, read(model.denoiser.predicts, lcm.schedule, output, x_t, t))
-    found = scheduler.step(output, 999, x_t).denoised
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    # a step of the scheduler is the consistency function of the training, at both ends of the grid
+    for index in (trained[0], trained[-1]):
+        scheduler.set_timesteps(points)
+        x_t, output = torch.randn(2, 4, 4, 4), torch.randn(2, 4, 4, 4)
+        t = lcm.schedule.time(torch.full((2,), index))
+        expected = lcm.consistency(x_t, t, read(model.denoiser.predicts, lcm.schedule, output, x_t, t))
+        found = scheduler.step(output, index, x_t).denoised
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_facts_are_true(base: Path, tmp_path: Path) -> None:
