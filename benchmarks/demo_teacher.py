@@ -28,7 +28,7 @@ class Benchmark:
     teacher: str = "demo"
     judge: str | None = None
     steps: CommaList = field(default_factory=lambda: CommaList.parse("50,8,4,2,1"))
-    guidance: float = 3.0
+    guidance: float = 2.5
     n: int = 640
     seed: int = 0
     output: str = str(Path(__file__).parent / "results" / "demo_teacher.json")

@@ -222,7 +222,11 @@ def save(
     vae: AutoencoderKL,
     unet: UNet2DConditionModel,
 ) -> None:
-    """Writes a StableDiffusionPipeline folder with fp16 safetensors. The modules are cast in place."""
+    """Writes a StableDiffusionPipeline folder: autoencoder and UNet in fp16, cast in place, the text encoder in fp32.
+
+    Transformers loads a model in the dtype of its file unless told otherwise, Diffusers in fp32: a text encoder in fp16 would
+    meet a UNet in fp32 in a plain `from_pretrained`.
+    """
     from diffusers import StableDiffusionPipeline
 
     pipeline = StableDiffusionPipeline(
@@ -235,6 +239,7 @@ def save(
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    for module in (text, vae, unet):
+    text.float()
+    for module in (vae, unet):
         module.half()
     pipeline.save_pretrained(Path(folder), safe_serialization=True)

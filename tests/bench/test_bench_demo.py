@@ -68,6 +68,12 @@ def test_real_images_stand_at_the_floor_and_the_ceiling(judge: Judge) -> None:
     assert row.accuracy_interval[0] <= row.accuracy["all"] <= row.accuracy_interval[1]
 
 
+def test_reference_holds_none_of_the_images_that_the_prompts_came_from(judge: Judge) -> None:
+    yardstick = Yardstick(judge, COUNT)
+    real = yardstick.features(to_images(World(TEST_SEED, 32).pixels(range(COUNT))))
+    assert float(torch.cdist(real, yardstick.reference).min()) > 1e-3
+
+
 def test_labels_belong_to_the_prompts(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     monkeypatch.setattr(demo, "REFERENCE_N", 2)

@@ -60,6 +60,7 @@ def test_median_seconds() -> None:
 
 def test_ratio_needs_a_baseline_at_the_same_steps_and_n() -> None:
     table = results(ROW, student(frechet=10.5), student(steps=8, frechet=10.5), student(n=50, frechet=10.5))
+    table.protocol["floor"]["50"] = 1.0
     assert [table.ratio(row) for row in table.rows] == ["", "0.50", "", ""]
 
 

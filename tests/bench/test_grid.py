@@ -43,7 +43,9 @@ def test_titles_and_prompts_stay_in_their_place(tmp_path: Path) -> None:
         pixels = np.asarray(image.convert("L")).astype(int)
     assert (pixels[:, LEFT - 4 : LEFT] == 255).all()
     assert (pixels[:, LEFT + 128 : LEFT + 128 + GAP] == 255).all()
-    assert pixels.shape[0] < 128 + 90
+    top = pixels.shape[0] - 128 - GAP
+    assert top < 90
+    assert (pixels[:top, :LEFT] == 255).all()  # a prompt too long for its row is cut, not spread over its neighbours
 
 
 def test_large_images_keep_their_size(tmp_path: Path) -> None:

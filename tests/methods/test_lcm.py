@@ -275,7 +275,7 @@ class Rows:
         return 4096
 
     def batch(self, indices: Sequence[int], rng: StepRandom) -> Batch:
-        noise = rng.normal("data", (1,), torch.float64)
+        noise = rng.normal("data", (32,), torch.float64)
         return Batch(self.mean + self.std * noise, {}, {}, rng)
 
 
