@@ -53,7 +53,9 @@ class Denoiser(Network, ABC):
     def checkpoint_activations(self, wanted: bool = True) -> None:
         """If `wanted`, trades compute for memory: activations are computed again in backward. InputError if it can't be."""
         if wanted:
-            raise InputError(f"{type(self).__name__} has no gradient checkpointing; drop --train.gradient_checkpointing")
+            raise InputError(
+                f"{type(self).__name__} has no gradient checkpointing; drop --train.gradient_checkpointing"
+            )
 
     def with_lora(self, spec: LoraSpec, name: str = "student", seed: int = 0) -> Self:
         """A student that shares this network's weights and trains an adapter on them.

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -218,6 +219,21 @@ def test_the_noise_is_standard_normal_and_independent_of_the_data() -> None:
     assert float(torch.corrcoef(eps.T).fill_diagonal_(0).abs().max()) < 5 / math.sqrt(len(eps))
 
 
+def test_time_guidance_and_noise_are_separate_draws() -> None:
+    class Told(StepRandom):
+        def __init__(self) -> None:
+            super().__init__(0, 0, range(4))
+            self.streams: list[str] = []
+
+        def _generators(self, stream: str) -> Any:
+            self.streams.append(stream)
+            return super()._generators(stream)
+
+    student, rng = Spy(sd_table()), Told()
+    LCM(LCMConfig(), student, student).training_step(Batch(torch.ones(4, 3, dtype=torch.float64), {}, {}, rng))
+    assert len(rng.streams) == len(set(rng.streams)) == 3  # two draws from one stream are the same numbers
+
+
 def test_the_loss_by_hand_at_one_index() -> None:
     """Everything spelled out once in numbers, so that no constant can move."""
     student, teacher, batch = spied(1)
@@ -308,7 +324,7 @@ def reached(
 
 
 def test_training_reaches_the_fixed_point_within_one_percent(tmp_path: Path) -> None:
-    got, truth, start = reached(tmp_path, (MEAN, STD), points=5, kind="x0", steps=300, lr=0.03, batch=32)
+    got, truth, start = reached(tmp_path, (MEAN, STD), points=5, kind="x0", steps=400, lr=0.03, batch=16)
     assert float((start[1] / truth[1]).min()) < 0.1, "it starts as the teacher, whose one step is a blur"
     assert_close(got, truth, rtol=0.01, atol=0)
 

@@ -178,7 +178,9 @@ def test_a_fresh_pipeline_loads_it_and_it_changes_the_picture(finished, inputs):
     assert (picture(True) - picture(False)).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("command", [[str(RECIPE), "--help"], ["-m", "stepdistill.cli", "--help"]], ids=["recipe", "cli"])
+@pytest.mark.parametrize(
+    "command", [[str(RECIPE), "--help"], ["-m", "stepdistill.cli", "--help"]], ids=["recipe", "cli"]
+)
 def test_help_imports_no_heavy_package(command):
     """What makes --help slow is imports; seconds depend on the machine, so the imports are what is asserted."""
     probe = [sys.executable, "-X", "importtime", *command]

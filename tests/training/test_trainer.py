@@ -119,6 +119,36 @@ def trained_on(folder: Path, changes: dict[str, Any]) -> list[tuple[int, ...]]:
     return data.asked
 
 
+class Global(Duel):
+    """Draws from the global generator, as dropout does."""
+
+    def __init__(self) -> None:
+        super().__init__(every=1)
+        self.drawn: list[float] = []
+
+    def _note(self, phase: str, batch: Batch) -> None:
+        self.drawn.append(torch.rand(()).item())
+
+
+def test_the_global_generator_is_another_in_each_step_phase_and_micro_batch(tmp_path: Path) -> None:
+    for folder in ("once", "again"):
+        method = Global()
+        train(tmp_path / folder, method, max_train_steps=2, gradient_accumulation_steps=2, train_batch_size=4)
+        assert len(set(method.drawn)) == 8
+        first = method.drawn if folder == "once" else first
+        torch.rand(7)
+    assert method.drawn == first
+    train(
+        tmp_path / "seed",
+        other := Global(),
+        max_train_steps=1,
+        gradient_accumulation_steps=2,
+        train_batch_size=4,
+        seed=1,
+    )
+    assert not set(other.drawn) & set(first)
+
+
 # -- phases -----------------------------------------------------------------------------------------------------------
 
 
