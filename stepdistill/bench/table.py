@@ -185,7 +185,7 @@ class Results:
             f"Floor (two samples of real images): {floors}. Ratios are less the floor and stated past {CLEAR:g} floors only.",
         ]
         if any((level := self.floor(row.n)) is not None and not is_clear(row.frechet, level) for row in self.rows):
-            lines.append(f"* within {CLEAR:g} floors: differences among these rows are mostly sampling noise.")
+            lines.append(f"* within {CLEAR:g} floors: too near to them for a ratio; go by the intervals.")
         return [f"- {line}" for line in [*lines, *self.notes]]
 
 

@@ -131,22 +131,15 @@ class Global(Duel):
 
 
 def test_the_global_generator_is_another_in_each_step_phase_and_micro_batch(tmp_path: Path) -> None:
-    for folder in ("once", "again"):
+    drawn = []
+    for name, seed in (("once", 0), ("again", 0), ("seed", 1)):
         method = Global()
-        train(tmp_path / folder, method, max_train_steps=2, gradient_accumulation_steps=2, train_batch_size=4)
-        assert len(set(method.drawn)) == 8
-        first = method.drawn if folder == "once" else first
+        changes = {"max_train_steps": 2, "gradient_accumulation_steps": 2, "train_batch_size": 4, "seed": seed}
+        train(tmp_path / name, method, **changes)
+        drawn.append(method.drawn)
         torch.rand(7)
-    assert method.drawn == first
-    train(
-        tmp_path / "seed",
-        other := Global(),
-        max_train_steps=1,
-        gradient_accumulation_steps=2,
-        train_batch_size=4,
-        seed=1,
-    )
-    assert not set(other.drawn) & set(first)
+    assert len(set(drawn[0])) == 8 and drawn[1] == drawn[0]
+    assert not set(drawn[2]) & set(drawn[0])
 
 
 # -- phases -----------------------------------------------------------------------------------------------------------
