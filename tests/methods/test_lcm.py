@@ -332,7 +332,7 @@ def test_training_reaches_the_fixed_point_within_one_percent(tmp_path: Path) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["x0", "eps", "v"])
 def test_training_on_the_full_grid_reaches_the_fixed_point_within_one_percent(tmp_path: Path, kind: Kind) -> None:
-    got, truth, start = reached(tmp_path, (0.3, 0.4), points=50, kind=kind, steps=3000, lr=0.02, batch=128)
+    got, truth, start = reached(tmp_path, (1.0, STD), points=50, kind=kind, steps=6000, lr=0.005, batch=50)
     assert float((start[1] / truth[1]).min()) < 0.1
     assert_close(got, truth, rtol=0.01, atol=0)
 
