@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ..export.card import loading_lines
+from ..export.card import loading_lines, write_card
 from ..export.sampling import sampling
+from ..export.student import FACTS
 from ..families import Model, TeacherConfig, load
 from ..families.loading import DEMO_JUDGE
 from ..methods.lcm import LCMConfig
@@ -63,4 +65,6 @@ def finish(folder: str | Path, teacher: TeacherConfig, method: LCMConfig, config
             steps=config.steps.ints(), n=config.images,
         )  # fmt: skip
         print(f"pictures: {Path(folder) / 'grid.png'}   table: {Path(folder) / 'table.md'}")
+        info = json.loads((Path(folder) / FACTS).read_text(encoding="utf-8"))
+        write_card(Path(folder), info, loading_lines(folder, teacher), Path(folder))  # now that there are scores for it
     print(f"\nload it in stock Diffusers:\n\n{loading_lines(folder, teacher)}")

@@ -22,7 +22,7 @@ from .latency import summary
 from .metrics import CLEAR, floor_corrected_ratio, is_clear
 
 SCHEMA = 1
-AT_THE_FLOOR = "at the floor"
+AT_THE_FLOOR = "near the floor"
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class Results:
     def ratio(self, row: Row, baseline: str = "teacher") -> str:
         """A row's distance as a share of the baseline's at the same steps and number of images, both less the floor.
 
-        "" where there is no such baseline; "at the floor" where either is within 5 floors, so that a ratio says nothing.
+        "" where there is no such baseline; "near the floor" where either is within 5 floors, so that a ratio says nothing.
         """
         pairs = [r for r in self.rows if r.model == baseline and (r.steps, r.n) == (row.steps, row.n)]
         level = self.floor(row.n)

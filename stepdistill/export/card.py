@@ -9,7 +9,7 @@ from typing import Any
 from ..families import TeacherConfig
 from ..families.loading import is_local, is_single_file, resolve
 
-CARD, TABLE, SAMPLES = "README.md", "results.md", "samples"
+CARD, TABLE, SAMPLES = "README.md", "table.md", "samples"
 
 
 def loading_lines(folder: str | Path, base: str | TeacherConfig, steps: int = 4, guidance_scale: float = 1.0) -> str:

@@ -50,7 +50,7 @@ def export_student(
         teacher: which checkpoint `model` is, for the card and for a full verification.
         method: what trained the student; it decides the scheduler, the steps and the guidance.
         config: dtype and verification.
-        run: where samples/ and results.md for the card lie, `folder` by default.
+        run: where samples/ and table.md for the card lie, `folder` by default.
 
     Raises:
         ExportError: when what was written does not load back as the student.

@@ -116,7 +116,7 @@ def test_the_lines_name_revision_variant_and_autoencoder(base: Path, tmp_path: P
 def test_the_card_has_front_matter_pictures_and_scores(base: Path, tmp_path: Path) -> None:
     (tmp_path / "samples").mkdir()
     (tmp_path / "samples" / "step-100.png").touch()
-    (tmp_path / "results.md").write_text("| model | steps |\n| :- | -: |\n| student | 4 |\n")
+    (tmp_path / "table.md").write_text("| model | steps |\n| :- | -: |\n| student | 4 |\n")
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     exported(base, tmp_path)
     card = (tmp_path / "README.md").read_text()
