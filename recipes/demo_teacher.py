@@ -19,17 +19,11 @@ def _train(steps: int, batch: int, lr: float, warmup: int, ema_decay: float | No
 
 @dataclass
 class Recipe:
-    """Making the demo teacher.
+    """One section of training options a stage (decoder: further training of the autoencoder's decoder alone).
 
     Attributes:
-        judge: training of the judge.
-        text: training of the text model.
-        autoencoder: training of the autoencoder.
-        decoder: further training of its decoder alone.
-        unet: training of the UNet.
         images: pictures of the world that the stages train on.
         threads: CPU threads; 0 leaves PyTorch's own choice.
-        resume: go on where a killed run was.
         output_dir: run folder; `teacher/` and `judge/` in it are what ships.
     """
 

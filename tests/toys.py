@@ -123,6 +123,39 @@ class Duel(Method):
         return Losses({"fool": -self.critic(fake).mean(), "size": fake.square().mean()}, count=len(batch))
 
 
+class Ladder(Regression):
+    """Three rounds; after each the student's weights become the teacher's."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__(dropout=dropout)
+        self.teacher, self.rung = self.student.frozen_copy(), 3
+
+    def networks(self) -> dict[str, Network]:
+        return {"student": self.student, "teacher": self.teacher}
+
+    def next_round(self) -> bool:
+        self.rung -= 1
+        if self.rung:
+            self.teacher.module.load_state_dict(self.student.module.state_dict())
+        return self.rung > 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "rung": self.rung}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.rung = state["rung"]
+
+
+class Killed(BaseException):
+    """What stands for a kill inside one process."""
+
+    @classmethod
+    def now(cls) -> None:
+        """Raises it."""
+        raise cls
+
+
 def options(**changes: Any) -> TrainConfig:
     """A short run on 8 samples a step; every run in one process has the same precision, as Accelerate wants it."""
     defaults = {"max_train_steps": 6, "train_batch_size": 8, "learning_rate": 1e-2, "mixed_precision": "no"}

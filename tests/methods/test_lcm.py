@@ -2,25 +2,21 @@
 
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
-from toys import EXACT, MEAN, STD, options, recorded, sd_table
+from toys import EXACT, MEAN, STD, sd_table
 
 from stepdistill.batch import Batch, Cond
 from stepdistill.diffusion.prediction import Kind, Prediction
 from stepdistill.diffusion.schedule import Cosine, Flow, NoiseSchedule
 from stepdistill.errors import InputError
-from stepdistill.families.analytic import Analytic, Gaussian, LinearStudent, TwoClass
+from stepdistill.families.analytic import Gaussian, TwoClass
 from stepdistill.methods.lcm import LCM, LCMConfig
 from stepdistill.networks.denoiser import Denoiser
-from stepdistill.networks.lora import LoraSpec
 from stepdistill.randomness import StepRandom
-from stepdistill.training.trainer import Trainer
 
 INDICES = [*range(999, 0, -20), 0]  # 999, 979, ..., 19, then the end of the grid
 
@@ -139,204 +135,6 @@ def test_guidance_moves_the_fixed_point_to_the_shifted_mean(name: str, kind: Kin
     assert float(off.training_step(batch).total) > 1e-3
 
 
-def test_guidance_is_drawn_for_each_sample_from_its_range(monkeypatch: pytest.MonkeyPatch) -> None:
-    student = FixedPoint("sd", "eps", lambda cond: torch.zeros(1, 1, dtype=torch.float64))
-    method = LCM(LCMConfig(w_min=3.0, w_max=5.0), student, TwoClass(MEANS, STD, student.schedule))
-    drawn: list[Tensor] = []
-
-    def guided(x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond, w: Tensor) -> Prediction:
-        drawn.append(w)
-        return method.teacher(x_t, t, cond)
-
-    monkeypatch.setattr(method, "guided", guided)
-    for step in range(2):
-        label = torch.zeros(1000, dtype=torch.int64)
-        rng = StepRandom(0, step, range(1000))
-        x0 = torch.zeros(1000, 1, dtype=torch.float64)
-        method.training_step(Batch(x0, {"label": label}, {"label": label}, rng))
-    first, second = drawn
-    assert first.shape == (1000,) and not torch.equal(first, second)
-    assert float(first.min()) >= 3.0 and float(first.max()) < 5.0
-    assert_close(float(first.mean()), 4.0, rtol=0, atol=5 * 2 / math.sqrt(12 * 1000))
-    assert_close(float(first.std()), 2 / math.sqrt(12), rtol=0.06, atol=0)
-
-
-class Spy(Denoiser):
-    """A network of no consequence that keeps what it was asked."""
-
-    def __init__(self, schedule: NoiseSchedule, kind: Kind = "eps") -> None:
-        super().__init__(nn.Linear(3, 3).double(), schedule, kind)
-        self.calls: list[tuple[Tensor, Tensor, Cond, bool]] = []
-
-    def call(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        self.calls.append((x_t.detach().clone(), t, cond, torch.is_grad_enabled()))
-        return self.net(x_t)
-
-
-def spied(batch_size: int = 8, *, guided: bool = True) -> tuple[Spy, Spy, Batch]:
-    student, teacher = Spy(sd_table()), Spy(sd_table())
-    x0 = MEAN + STD * torch.randn(batch_size, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    cond = {"text": torch.ones(batch_size, 1)}
-    batch = Batch(x0, cond, {"text": torch.zeros(batch_size, 1)} if guided else {}, StepRandom(0, 0, range(batch_size)))
-    LCM(LCMConfig(), student, teacher).training_step(batch)
-    return student, teacher, batch
-
-
-def test_a_step_costs_one_teacher_forward_and_two_of_the_student() -> None:
-    student, teacher, _ = spied()
-    assert [(len(x), grad) for x, _, _, grad in student.calls] == [(8, True), (8, False)]
-    assert [(len(x), grad) for x, _, _, grad in teacher.calls] == [(16, False)]
-    (x, t, cond, _) = teacher.calls[0]
-    assert_close(x[:8], x[8:], **EXACT)
-    assert_close(t[:8], t[8:], **EXACT)
-    assert cond["text"].flatten().tolist() == [1.0] * 8 + [0.0] * 8
-    assert all(c["text"].tolist() == [[1.0]] * 8 for _, _, c, _ in student.calls)
-    student, teacher, _ = spied(guided=False)
-    assert [len(x) for x, *_ in student.calls] == [8, 8] and [len(x) for x, *_ in teacher.calls] == [8]
-
-
-def test_the_target_stands_one_grid_step_further_on() -> None:
-    student, teacher, _ = spied(64)
-    t, s = (call[1] for call in student.calls)
-    assert_close(t, teacher.calls[0][1][:64], **EXACT)
-    index = {float(round(1000 * float(u) - 1)) for u in t}
-    assert index <= set(INDICES[:-1]) and len(index) > 25  # uniform: 64 draws of 50
-    following = dict(zip(INDICES, INDICES[1:], strict=False))
-    assert [following[round(1000 * float(u) - 1)] for u in t] == [round(1000 * float(u) - 1) for u in s]
-
-
-def test_the_noise_is_standard_normal_and_independent_of_the_data() -> None:
-    student, _, batch = spied(4000)
-    x_t, t = student.calls[0][:2]
-    schedule = student.schedule
-    eps = (x_t - schedule.alpha(t)[:, None] * batch.data()) / schedule.sigma(t)[:, None]
-    n = eps.numel()
-    assert abs(float(eps.mean())) < 5 / math.sqrt(n) and abs(float(eps.var()) - 1) < 5 * math.sqrt(2 / n)
-    for other in (batch.data() - MEAN, t[:, None].expand_as(eps)):
-        correlation = torch.corrcoef(torch.stack([eps.flatten(), other.flatten()]))[0, 1]
-        assert abs(float(correlation)) < 5 / math.sqrt(n)
-    # three elements of a sample are three draws
-    assert float(torch.corrcoef(eps.T).fill_diagonal_(0).abs().max()) < 5 / math.sqrt(len(eps))
-
-
-def test_time_guidance_and_noise_are_separate_draws() -> None:
-    class Told(StepRandom):
-        def __init__(self) -> None:
-            super().__init__(0, 0, range(4))
-            self.streams: list[str] = []
-
-        def _generators(self, stream: str) -> Any:
-            self.streams.append(stream)
-            return super()._generators(stream)
-
-    student, rng = Spy(sd_table()), Told()
-    LCM(LCMConfig(), student, student).training_step(Batch(torch.ones(4, 3, dtype=torch.float64), {}, {}, rng))
-    assert len(rng.streams) == len(set(rng.streams)) == 3  # two draws from one stream are the same numbers
-
-
-def test_the_loss_by_hand_at_one_index() -> None:
-    """Everything spelled out once in numbers, so that no constant can move."""
-    student, teacher, batch = spied(1)
-    config = LCMConfig()
-    assert (config.huber_c, config.timestep_scaling, config.sigma_data, config.num_ddim_timesteps) == (
-        0.001,
-        10.0,
-        0.5,
-        50,
-    )
-    w = 5.0 + 10.0 * float(batch.rng.uniform("guidance"))
-    abar = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0)
-
-    def f(x: Tensor, n: int) -> Tensor:
-        x0 = (x - (1 - abar[n]).sqrt() * student.module(x)) / abar[n].sqrt()
-        return 0.25 / ((10 * n) ** 2 + 0.25) * x + 10 * n / math.sqrt((10 * n) ** 2 + 0.25) * x0
-
-    n, m = (round(1000 * float(t) - 1) for _, t, *_ in student.calls)
-    x_t = student.calls[0][0]
-    eps = (1 + w) * teacher.module(x_t) - w * teacher.module(x_t)  # this teacher does not look at its prompt
-    x_s = abar[m].sqrt() * (x_t - (1 - abar[n]).sqrt() * eps) / abar[n].sqrt() + (1 - abar[m]).sqrt() * eps
-    d = f(x_t, n) - f(x_s, m)
-    for loss_type, value in (("huber", ((d**2 + 1e-6).sqrt() - 1e-3).mean()), ("l2", (d**2).mean())):
-        losses = LCM(LCMConfig(loss_type=loss_type), student, teacher).training_step(batch)
-        assert_close(losses.terms["consistency"], value, rtol=1e-9, atol=0)
-        assert losses.count == 1
-
-
-def linear(method_grid: Tensor, schedule: NoiseSchedule, kind: Kind = "x0") -> LinearStudent:
-    student = LinearStudent(method_grid, schedule, kind)
-    student.module.double()
-    return student
-
-
-def test_the_gradient_flows_through_the_jump_alone() -> None:
-    schedule = sd_table()
-    teacher = Gaussian(MEAN, STD, schedule, "x0")
-    grid = torch.tensor(INDICES, dtype=torch.float64).add(1).div(1000)
-    student = linear(grid, schedule).imitate(teacher)
-    one = gaussian_batch()
-    batch = Batch(one.data()[:1], {}, {}, StepRandom(0, 3, [0]))
-    LCM(LCMConfig(), student, teacher).training_step(batch).total.backward()
-    moved = student.module.weight.grad.nonzero().flatten().tolist()
-    k = int(batch.rng.integers("time", 0, 50))
-    assert moved == [k], "the entry of the target must have no gradient"
-
-
-class Rows:
-    """Fresh samples of a Gaussian, in float64."""
-
-    def __init__(self, mean: float, std: float) -> None:
-        self.mean, self.std = mean, std
-
-    def __len__(self) -> int:
-        return 4096
-
-    def batch(self, indices: Sequence[int], rng: StepRandom) -> Batch:
-        noise = rng.normal("data", (32,), torch.float64)
-        return Batch(self.mean + self.std * noise, {}, {}, rng)
-
-
-def reached(
-    folder: Path, data: tuple[float, float], points: int, kind: Kind, steps: int, lr: float, batch: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(mean, width) of one-step samples from each grid point, [2, points]: trained, of the fixed point, at the start."""
-    schedule = sd_table()
-    teacher = Gaussian(*data, schedule, kind)
-    config = LCMConfig(num_ddim_timesteps=points)
-    grid = LCM(config, teacher, teacher).grid
-    student = linear(grid, schedule, kind).imitate(teacher)  # as LoRA does, it starts as the teacher
-    method = LCM(config, student, teacher)
-    mean, width = (schedule.alpha(grid) * data[0])[:-1, None], teacher.variance(grid).sqrt()[:-1, None]
-
-    @torch.no_grad()
-    def moments() -> Tensor:
-        low, high = (method.consistency(x, grid[:-1], student(x, grid[:-1], {})) for x in (mean - width, mean + width))
-        return torch.cat([(low + high) / 2, (high - low) / 2], 1).T
-
-    start = moments()
-    train = options(
-        max_train_steps=steps, learning_rate=lr, train_batch_size=batch, lr_scheduler="cosine", adam_weight_decay=0.0,
-        adam_beta2=0.99, max_grad_norm=0.0, checkpointing_steps=10**6,
-    )  # fmt: skip
-    Trainer(train, folder).fit(method, Rows(*data))
-    product = teacher.ddim_multiplier(grid[:-1], grid[1:]).flip(0).cumprod(0).flip(0)
-    truth = torch.stack([(schedule.alpha(grid[-1:]) * data[0]).expand(points), product * width[:, 0]])
-    return moments(), truth, start
-
-
-def test_training_reaches_the_fixed_point_within_one_percent(tmp_path: Path) -> None:
-    got, truth, start = reached(tmp_path, (MEAN, STD), points=5, kind="x0", steps=400, lr=0.03, batch=16)
-    assert float((start[1] / truth[1]).min()) < 0.1, "it starts as the teacher, whose one step is a blur"
-    assert_close(got, truth, rtol=0.01, atol=0)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["x0", "eps", "v"])
-def test_training_on_the_full_grid_reaches_the_fixed_point_within_one_percent(tmp_path: Path, kind: Kind) -> None:
-    got, truth, start = reached(tmp_path, (1.0, STD), points=50, kind=kind, steps=6000, lr=0.005, batch=50)
-    assert float((start[1] / truth[1]).min()) < 0.1
-    assert_close(got, truth, rtol=0.01, atol=0)
-
-
 def test_a_target_from_the_teacher_would_be_the_blurry_lcm() -> None:
     """With adapters OFF in the target the fixed point is one DDIM step and the teacher's mean: all width is lost."""
     right = FixedPoint("sd", "x0")
@@ -368,49 +166,10 @@ def test_a_target_from_the_teacher_would_be_the_blurry_lcm() -> None:
     )  # where the right one has 1e-14: neighbours on the grid blur alike, so it is small
 
 
-class Affine(Denoiser):
-    """One linear layer, to be adapted."""
-
-    lora_targets = ("0",)
-
-    def call(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        return self.net(x_t)
-
-
-def test_with_lora_the_target_has_adapters_on_and_the_teacher_off() -> None:
-    base = Affine(nn.Sequential(nn.Linear(3, 3)), sd_table(), "eps")
-    student = base.with_lora(LoraSpec(2, 2.0, ("0",)))
-    method = LCM(LCMConfig(), student, base)
-    for parameter in student.trainable():
-        nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
-    active: list[tuple[str | None, int, bool]] = []
-    base.module.register_forward_pre_hook(
-        lambda _, x: active.append((base.adapters.current, len(x[0]), torch.is_grad_enabled()))
-    )
-    text = torch.ones(4, 1)
-    batch = Batch(torch.ones(4, 3), {"text": text}, {"text": 0 * text}, StepRandom(0, 0, range(4)))
-    method.training_step(batch).total.backward()
-    assert active == [("student", 4, True), (None, 8, False), ("student", 4, False)]
-    assert base.trainable() == [] and all(p.grad is not None for p in student.trainable())
-    assert all(p.grad is None for n, p in base.module.named_parameters() if "lora" not in n)
-
-
 def test_a_student_of_another_kind_than_its_teacher() -> None:
     student = FixedPoint("sd", "v")
     method = LCM(LCMConfig(), student, Gaussian(MEAN, STD, student.schedule, "eps"))
     assert abs(float(method.training_step(gaussian_batch()).total)) < 1e-12
-
-
-def test_gradients_reach_a_float32_student_in_every_kind() -> None:
-    for kind in ("eps", "v", "x0"):
-        student = Spy(sd_table(), kind)
-        student.module.float()
-        student.calls.clear()
-        batch = Batch(torch.ones(4, 3), {}, {}, StepRandom(0, 0, range(4)))
-        teacher: Analytic = Gaussian(MEAN, STD, student.schedule, kind)
-        losses = LCM(LCMConfig(), student, teacher).training_step(batch)
-        losses.total.backward()
-        assert losses.total.dtype == torch.float32 and float(student.module.weight.grad.norm()) > 0
 
 
 def test_the_boundary_is_the_identity() -> None:
@@ -441,11 +200,3 @@ def test_a_grid_that_the_scheduler_would_not_sample_is_refused() -> None:
     teacher = Gaussian(MEAN, STD, sd_table())
     with pytest.raises(InputError, match="divide"):
         LCM(LCMConfig(num_ddim_timesteps=60), teacher, teacher)
-
-
-def test_the_module_is_called_as_often_as_the_denoiser() -> None:
-    student, teacher = Spy(sd_table()), Spy(sd_table())
-    batch = Batch(torch.ones(2, 3, dtype=torch.float64), {}, {}, StepRandom(0, 0, range(2)))
-    with recorded(student.module) as of_student, recorded(teacher.module) as of_teacher:
-        LCM(LCMConfig(), student, teacher).training_step(batch)
-    assert [grad for _, grad in of_student] == [True, False] and [grad for _, grad in of_teacher] == [False]

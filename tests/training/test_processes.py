@@ -29,7 +29,7 @@ def launched(mode: str, folder: Path, processes: int) -> None:
         ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
     )
     command = [sys.executable, *torchrun, str(TESTS / "toy_process.py"), mode, str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
 
 

@@ -11,20 +11,27 @@ from typing import Any
 
 import pytest
 from torch.testing import assert_close
-from toys import EXACT, Duel, Numbers, Regression, network, options, rows, saved, stopping_after, train, weights
+from toys import (
+    EXACT,
+    Duel,
+    Killed,
+    Ladder,
+    Numbers,
+    Regression,
+    network,
+    options,
+    rows,
+    saved,
+    stopping_after,
+    train,
+    weights,
+)
 
 from stepdistill.errors import InputError
 from stepdistill.method import Method
-from stepdistill.networks.network import Network
 from stepdistill.training.trainer import Trainer
 
 TESTS = Path(__file__).resolve().parent.parent
-
-
-class Killed(BaseException):
-    @classmethod
-    def now(cls, *_: Any) -> None:
-        raise cls
 
 
 def same(folder: Path, other: Path) -> None:
@@ -34,30 +41,6 @@ def same(folder: Path, other: Path) -> None:
     assert_close(tensors, wanted, **EXACT)
     assert state == wanted_state
     assert rows(folder) == rows(other)
-
-
-class Ladder(Regression):
-    """Rounds, with the last round's student as teacher."""
-
-    def __init__(self) -> None:
-        super().__init__(dropout=0.3)
-        self.teacher, self.rung = self.student.frozen_copy(), 3
-
-    def networks(self) -> dict[str, Network]:
-        return {"student": self.student, "teacher": self.teacher}
-
-    def next_round(self) -> bool:
-        self.rung -= 1
-        if self.rung:
-            self.teacher.module.load_state_dict(self.student.module.state_dict())
-        return self.rung > 0
-
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "rung": self.rung}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        self.rung = state["rung"]
 
 
 @pytest.mark.parametrize("step", [1, 3, 4, 9])
@@ -79,9 +62,9 @@ def test_killed_in_a_step_and_resumed_is_the_same(tmp_path: Path, make: Callable
 @pytest.mark.parametrize("moment", ["on_round", "next_round", "first step"])
 def test_killed_between_two_rounds_and_resumed_is_the_same(tmp_path: Path, moment: str) -> None:
     config = {"max_train_steps": 3, "ema_decay": 0.9}
-    whole, ends = Ladder(), []
+    whole, ends = Ladder(dropout=0.3), []
     Trainer(options(**config), tmp_path / "whole").fit(whole, Numbers(), on_round=ends.append)
-    method = Ladder()
+    method = Ladder(dropout=0.3)
     original, calls = method.next_round, []
 
     def on_round(number: int) -> None:
@@ -99,7 +82,7 @@ def test_killed_between_two_rounds_and_resumed_is_the_same(tmp_path: Path, momen
     at = 7 if moment == "first step" else 0
     with stopping_after(method, at, Killed.now), pytest.raises(Killed):
         Trainer(options(**config), tmp_path / "killed").fit(method, Numbers(), on_round=on_round)
-    resumed, again = Ladder(), []
+    resumed, again = Ladder(dropout=0.3), []
     trainer = Trainer(options(resume_from_checkpoint="latest", **config), tmp_path / "killed")
     trainer.fit(resumed, Numbers(), on_round=again.append)
     # the round it was killed at the end of ends once more; one that the next has followed does not
@@ -260,7 +243,7 @@ def test_trackers_are_told_nothing_of_a_finished_fit(tmp_path: Path, monkeypatch
 def lives(mode: str, folder: Path) -> list[int]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(TESTS / "toy_process.py"), mode, str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     codes = json.loads(done.stdout.splitlines()[-1])["codes"]
     assert done.stdout.count("resuming from") >= 2, "some lives must have begun in the middle"

@@ -1,50 +1,31 @@
-"""The loop: what one step, one phase, one round and one fit do. Killing and resuming is in test_resume.py."""
+"""The loop: what one step does in its phases. Fits are in test_fits.py, killing and resuming in test_resume.py."""
 
 import math
-import os
-import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.testing import assert_close
 from toys import (
     EXACT,
-    MEAN,
-    STD,
     Duel,
     Numbers,
     Regression,
     Uneven,
-    network,
-    options,
     rows,
-    saved,
-    sd_table,
-    stopping_after,
     train,
     weights,
 )  # fmt: skip
 
-from stepdistill.batch import Batch, Cond
-from stepdistill.errors import InputError
+from stepdistill.batch import Batch
 from stepdistill.method import Losses, Method, Phase
-from stepdistill.methods.lcm import LCM, LCMConfig
-from stepdistill.networks.denoiser import Denoiser
-from stepdistill.networks.lora import LoraSpec
-from stepdistill.networks.network import Network
 from stepdistill.randomness import StepRandom
-from stepdistill.training.config import TrainConfig
-from stepdistill.training.optimization import NonFiniteError, lr_factor
-from stepdistill.training.trainer import Trainer
+from stepdistill.training.optimization import NonFiniteError
 
 SPLITS = [(8, 1), (4, 2), (2, 4), (1, 8)]
-
-
-# -- one step ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", [Regression, Uneven, Duel])
@@ -142,9 +123,6 @@ def test_the_global_generator_is_another_in_each_step_phase_and_micro_batch(tmp_
     assert not set(drawn[2]) & set(drawn[0])
 
 
-# -- phases -----------------------------------------------------------------------------------------------------------
-
-
 def test_phases_share_a_memo_and_run_as_often_as_they_say(tmp_path: Path) -> None:
     method = Duel(every=3)
     train(tmp_path, method, max_train_steps=4, train_batch_size=4, gradient_accumulation_steps=2)
@@ -235,9 +213,6 @@ def test_a_step_without_a_phase_is_a_row_without_a_loss(tmp_path: Path) -> None:
     assert ["loss" in row for row in rows(tmp_path)] == [True, False, True]
 
 
-# -- what is not a number -----------------------------------------------------------------------------------------------
-
-
 class Broken(Duel):
     """On its third step one of these is NaN: the loss, or the critic's gradient of a finite loss, or a metric."""
 
@@ -275,291 +250,3 @@ def test_what_is_not_finite_raises_before_the_step(tmp_path: Path, what: str, na
 def test_a_metric_that_is_not_a_number_is_only_told(tmp_path: Path) -> None:
     train(tmp_path, Broken("metric"), max_train_steps=4)
     assert [row["metric"] for row in rows(tmp_path)] == [1.0, 1.0, None, 1.0]
-
-
-# -- EMA --------------------------------------------------------------------------------------------------------------
-
-
-def test_the_average_is_what_is_validated_and_what_remains(tmp_path: Path) -> None:
-    method, trained, shown = Regression(), [], []
-    original = method.after_step
-    method.after_step = lambda: (original(), trained.append(weights(method)))[0]
-    start = weights(method)
-    config = options(ema_decay=0.5, validation_steps=2, max_train_steps=5)
-    Trainer(config, tmp_path).fit(method, Numbers(), on_validate=lambda step: shown.append((step, weights(method))))
-    average, averages = start, []
-    for n, now in enumerate(trained):
-        decay = min(0.5, (1 + n) / (10 + n))
-        average = {name: decay * average[name] + (1 - decay) * now[name] for name in now}
-        averages.append(average)
-    assert [step for step, _ in shown] == [2, 4]
-    assert_close(shown[0][1], averages[1], rtol=1e-5, atol=1e-6)
-    assert_close(shown[1][1], averages[3], rtol=1e-5, atol=1e-6)
-    assert_close(weights(method), averages[4], rtol=1e-5, atol=1e-6)
-    tensors, _ = saved(tmp_path)
-    assert_close({n: v for n, v in tensors.items() if n.startswith("student/")}, trained[4], **EXACT)
-    assert_close({n.replace(".ema", ""): v for n, v in tensors.items() if ".ema" in n}, weights(method), **EXACT)
-
-
-def test_validation_does_not_touch_training(tmp_path: Path) -> None:
-    plain = train(tmp_path / "plain", Regression(dropout=0.5), ema_decay=0.9)
-    method, asked = Regression(dropout=0.5), []
-
-    def on_validate(step: int) -> None:
-        asked.append((step, torch.is_grad_enabled()))
-        torch.manual_seed(step)
-        torch.rand(step)
-
-    Trainer(options(validation_steps=2, ema_decay=0.9), tmp_path / "told").fit(
-        method, Numbers(), on_validate=on_validate
-    )
-    assert asked == [(2, False), (4, False), (6, False)]
-    assert_close(weights(method), weights(plain), **EXACT)
-
-
-# -- rounds and fits ----------------------------------------------------------------------------------------------------
-
-
-class Ladder(Regression):
-    """Three rounds; after each the student's weights become the teacher's."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.teacher, self.rung = self.student.frozen_copy(), 3
-
-    def networks(self) -> dict[str, Network]:
-        return {"student": self.student, "teacher": self.teacher}
-
-    def next_round(self) -> bool:
-        self.rung -= 1
-        if self.rung == 0:
-            return False
-        self.teacher.module.load_state_dict(self.student.module.state_dict())
-        return True
-
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "rung": self.rung}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        self.rung = state["rung"]
-
-
-def test_a_round_starts_afresh(tmp_path: Path) -> None:
-    method, ends = Ladder(), []
-    config = options(
-        max_train_steps=3, ema_decay=0.5, lr_scheduler="linear", learning_rate=0.3, checkpoints_total_limit=None
-    )
-    Trainer(config, tmp_path).fit(method, Numbers(), on_round=lambda n: ends.append((n, weights(method))))
-    assert [n for n, _ in ends] == [0, 1, 2]
-    assert [row["step"] for row in rows(tmp_path)] == list(range(1, 10)), "the global step counts on"
-    assert_close([row["learning_rate"] for row in rows(tmp_path)], [0.3, 0.2, 0.1] * 3, rtol=1e-12, atol=0)
-    tensors, state = saved(tmp_path)
-    assert (state["round"], state["round_start"], state["ema_updates"]) == (2, 6, 3)
-    steps = [v for n, v in tensors.items() if n.startswith("student.optimizer/") and n.endswith("step")]
-    assert_close(steps, [torch.tensor(3.0)] * 4, **EXACT)
-    # the teacher of round 2 is the average that round 1 ended with, which on_round was shown
-    student = {n: v for n, v in ends[1][1].items() if n.startswith("student")}
-    assert_close(
-        {n.replace("teacher", "student"): v for n, v in weights(method).items() if "teacher" in n}, student, **EXACT
-    )
-
-
-def test_fits_follow_each_other_and_finished_ones_are_skipped(tmp_path: Path) -> None:
-    def run(resume: str | None, second_steps: int, stop: int | None = None) -> tuple[Method, Method, list[str]]:
-        first, second, log = Regression(seed=1), Duel(seed=2), []
-        config = options(max_train_steps=4, checkpointing_steps=2, resume_from_checkpoint=resume, ema_decay=0.5)
-        trainer = Trainer(config, tmp_path)
-        first.training_step = spy(first.training_step, log, "first")
-        second.criticise = spy(second.criticise, log, "second")
-        trainer.fit(first, Numbers(), "warm_up", on_round=lambda n: log.append(f"round {n}"))
-        if stop is None:
-            trainer.fit(second, Numbers(), "ladder", steps=second_steps)
-        else:
-            with stopping_after(second, stop, Killed.now), pytest.raises(Killed):
-                trainer.fit(second, Numbers(), "ladder", steps=second_steps)
-        return first, second, log
-
-    first, _, log = run(None, 5, stop=8)
-    assert log == ["first"] * 4 + ["round 0"] + ["second"] * 4
-    again, _, log = run("latest", 5)
-    assert log == ["round 0"] + ["second"] * 3, "steps 7, 8, 9 of the second, none of the first"
-    assert_close(weights(again), weights(first), **EXACT)
-    assert [row["step"] for row in rows(tmp_path)] == list(range(1, 10))
-    _, _, log = run("latest", 5)
-    assert log == ["round 0"], "nothing is left to do, and nothing that was told is taken back"
-    assert [row["step"] for row in rows(tmp_path)] == list(range(1, 10))
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["ladder", "warm_up"]
-
-
-class Killed(BaseException):
-    @classmethod
-    def now(cls) -> None:
-        raise cls
-
-
-def spy(function: Any, log: list[str], word: str) -> Any:
-    def called(batch: Batch) -> Losses:
-        log.append(word)
-        return function(batch)
-
-    return called
-
-
-def test_the_names_of_fits(tmp_path: Path) -> None:
-    trainer = Trainer(options(max_train_steps=1), tmp_path)
-    trainer.fit(Regression(), Numbers(), "a")
-    with pytest.raises(ValueError, match="'a' already"):
-        trainer.fit(Regression(), Numbers(), "a")
-    with pytest.raises(ValueError, match="no number"):
-        trainer.fit(Regression(), Numbers(), "12")
-
-
-def test_an_empty_data_set_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="at least one sample"):
-        train(tmp_path, Regression(), Numbers(count=0))
-
-
-class Astray(Regression):
-    def phases(self) -> tuple[Phase, ...]:
-        return (Phase(("critic",), self.training_step),)
-
-
-def test_a_phase_of_an_unknown_role_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"\['student'\], got \['critic'\]"):
-        train(tmp_path, Astray())
-
-
-def test_no_steps_are_no_steps(tmp_path: Path) -> None:
-    method = Regression()
-    Trainer(options(), tmp_path).fit(method, Numbers(), steps=0)
-    assert_close(weights(method), weights(Regression()), **EXACT)
-
-
-# -- the run folder and signals ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("leftover", ["checkpoints", "metrics.jsonl"])
-def test_a_folder_that_holds_a_run_is_refused_and_left_alone(tmp_path: Path, leftover: str) -> None:
-    (tmp_path / leftover).mkdir()
-    before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(InputError, match="resume_from_checkpoint latest"):
-        Trainer(options(), tmp_path)
-    assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_the_config_lies_beside_the_run(tmp_path: Path) -> None:
-    Trainer(options(max_train_steps=1), tmp_path / "run", "seed: 0\n").fit(Regression(), Numbers())
-    assert (tmp_path / "run" / "config.yaml").read_text() == "seed: 0\n"
-    assert (tmp_path / "run" / "checkpoints" / "1" / "manifest.json").is_file()
-
-
-def test_sigterm_saves_this_step_and_exits_with_143(tmp_path: Path) -> None:
-    method, handler = Regression(), signal.getsignal(signal.SIGTERM)
-    with stopping_after(method, 3, lambda: os.kill(os.getpid(), signal.SIGTERM)), pytest.raises(SystemExit) as stopped:
-        train(tmp_path, method, max_train_steps=6)
-    assert stopped.value.code == 143 and signal.getsignal(signal.SIGTERM) is handler
-    assert saved(tmp_path)[1]["fit"] == "" and [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["3"]
-    method = train(tmp_path, resume_from_checkpoint="latest")
-    whole = train(tmp_path / "whole")
-    assert_close(weights(method), weights(whole), **EXACT)
-    assert rows(tmp_path) == rows(tmp_path / "whole")
-
-
-def test_sigterm_during_a_callback_is_not_lost(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        Trainer(options(), tmp_path).fit(
-            Regression(), Numbers(), on_round=lambda _: os.kill(os.getpid(), signal.SIGTERM)
-        )
-    assert stopped.value.code == 143 and (tmp_path / "checkpoints" / "6").is_dir()
-
-
-def test_the_sizes_that_recipes_ask_for(tmp_path: Path) -> None:
-    trainer = Trainer(options(train_batch_size=4, gradient_accumulation_steps=3), tmp_path)
-    assert (trainer.global_batch_size, trainer.is_main, trainer.weight_dtype) == (12, True, torch.float32)
-    assert trainer.device.type in ("cpu", "cuda", "mps")
-    assert lr_factor(TrainConfig(), 0, 10) == 1.0
-
-
-# -- precision and memory -------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def fresh_accelerate() -> Iterator[None]:
-    """Accelerate fixes the precision once in a process."""
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-class Affine(Denoiser):
-    def call(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        return self.net(x_t.to(self.net[0].weight.dtype))
-
-
-def test_in_bf16_the_adapter_stays_in_float32(tmp_path: Path, fresh_accelerate: None) -> None:
-    trainer = Trainer(options(max_train_steps=3, mixed_precision="bf16"), tmp_path)
-    assert trainer.weight_dtype == torch.bfloat16
-    base = Affine(network(0).module.to(torch.bfloat16).requires_grad_(False), sd_table(), "eps")
-    student = base.with_lora(LoraSpec(2, 2.0, ("0", "2")))
-    before = weights_of(student), {n: p.clone() for n, p in base.module.named_parameters() if "lora" not in n}
-    dtypes: list[torch.dtype] = []
-    base.module[1].register_forward_pre_hook(lambda _, x: dtypes.append(x[0].dtype))
-    trainer.fit(LCM(LCMConfig(), student, base), Numbers())
-    assert set(dtypes) == {torch.bfloat16}
-    assert {p.dtype for p in student.trainable()} == {torch.float32}
-    assert {v.dtype for n, v in saved(tmp_path)[0].items() if n.startswith("student")} == {torch.float32}
-    assert all(not torch.equal(v, before[0][n]) for n, v in weights_of(student).items() if "lora_B" in n)
-    assert_close({n: p for n, p in base.module.named_parameters() if "lora" not in n}, before[1], **EXACT)
-    assert all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in rows(tmp_path))
-
-
-def weights_of(net: Network) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in net.state().items()}
-
-
-def test_another_precision_in_the_same_process_is_an_input_error(tmp_path: Path) -> None:
-    Trainer(options(), tmp_path)
-    with pytest.raises(InputError, match="mixed_precision"):
-        Trainer(options(mixed_precision="bf16"), tmp_path)
-
-
-class Prompted(Numbers):
-    """Latents and prompts for the tiny Stable Diffusion."""
-
-    def __init__(self) -> None:
-        super().__init__(count=4, width=4 * 4 * 4)
-
-    def batch(self, indices: Sequence[int], rng: StepRandom) -> Batch:
-        x0 = (self.x0[list(indices)] - MEAN) / STD
-        text = torch.linspace(-1, 1, 24 * 16).reshape(1, 24, 16).expand(len(indices), -1, -1)
-        return Batch(x0.reshape(-1, 4, 4, 4), {"prompt_embeds": text}, {"prompt_embeds": -text}, rng)
-
-
-def test_gradient_checkpointing_recomputes_the_student_and_changes_nothing(tmp_path: Path) -> None:
-    """Backward runs the blocks again when the teacher's turn is long over: the adapter must be on by then."""
-    from tiny import _unet
-
-    from stepdistill.families.unet import LCM_TARGETS, UNet
-
-    runs, forwards = [], []
-    for checkpointing in (False, True):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            teacher = UNet(_unet().eval(), sd_table(), "eps")
-        student = teacher.with_lora(LoraSpec(2, 2.0, LCM_TARGETS))
-        for i, parameter in enumerate(student.trainable()):
-            nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(i))
-        if checkpointing:
-            student.checkpoint_activations()
-        count: list[str | None] = []
-        block = teacher.module.down_blocks[0].resnets[0]
-        block.register_forward_pre_hook(lambda *_, c=count, t=teacher: c.append(t.adapters.current))
-        folder = tmp_path / str(checkpointing)
-        train(folder, LCM(LCMConfig(), student, teacher), Prompted(), max_train_steps=2, train_batch_size=2)
-        runs.append((weights_of(student), rows(folder)))
-        forwards.append(count)
-    assert forwards == [["student", None, "student"] * 2, ["student", None, "student", "student"] * 2]
-    assert_close(runs[1], runs[0], rtol=1e-5, atol=1e-6)
