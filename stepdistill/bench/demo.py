@@ -221,7 +221,7 @@ def compare_with_teacher(
     yardstick, folder = Yardstick(judge, n, seed), Path(output_dir)
     reference, notes = shipped(teacher_results, yardstick)
     rows = [*(reference.rows if reference else []), *evaluate(student, yardstick, "student", steps, guidance, say)]
-    pipes = {"teacher": teacher, "student": student}
+    pipes = {**{row.model: teacher for row in rows}, "student": student}
     rows = timed(rows, pipes, yardstick.prompts[0])
     protocol = yardstick.protocol()
     if reference:
