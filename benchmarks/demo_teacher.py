@@ -10,7 +10,6 @@ from pathlib import Path
 
 from stepdistill.config import CommaList, Parsed, run
 
-
 FEW = 8
 
 
@@ -50,7 +49,8 @@ def main(parsed: Parsed[Benchmark]) -> None:
     judge = Judge.load(DEMO_JUDGE if options.judge is None else options.judge)
     pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, use_safetensors=True)
     results = evaluate_teacher(pipe, judge, options.steps.ints(), options.n, options.seed, options.guidance)
-    if options.guidance != 1.0:  # at few steps a strong guidance hurts: what the teacher can do without it belongs in the table
+    # at few steps guidance hurts, so what the teacher can do without it belongs in the table
+    if options.guidance != 1.0:
         few = [k for k in options.steps.ints() if k <= FEW]
         bare = evaluate_teacher(pipe, judge, few, options.n, options.seed, guidance=1.0)
         rows = [*results.rows, *(replace(row, model="teacher, unguided") for row in bare.rows)]
