@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from ..batch import Cond
@@ -66,6 +68,16 @@ class Model(ABC):
     @abstractmethod
     def fingerprint(self) -> str:
         """A hash of everything that decides the latents and embeddings of an image and its caption."""
+
+    def denoiser_fingerprint(self) -> str:
+        """A hash of the denoiser's base weights and of how it is read, which decide the samples that it makes."""
+        digest = hashlib.blake2b(repr((type(self.denoiser).__name__, self.denoiser.predicts)).encode(), digest_size=16)
+        digest.update(self.denoiser.schedule.alpha(self.denoiser.schedule.grid(16)).numpy().tobytes())
+        for name, value in sorted(self.denoiser.module.state_dict().items()):
+            if "lora_" not in name:
+                digest.update(name.replace(".base_layer", "").encode())
+                digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
     @abstractmethod
     def to(self, device: Any) -> Model:

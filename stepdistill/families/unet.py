@@ -28,29 +28,66 @@ LCM_TARGETS = (
 )  # fmt: skip
 
 
+GUIDANCE_CHANNELS = 256  # of the embedded guidance, as in the published LCMs
+
+
 class UNet(Denoiser):
-    """A UNet2DConditionModel; conditions: `prompt_embeds` [B, L, D]."""
+    """A UNet2DConditionModel; conditions: `prompt_embeds` [B, L, D], and `guidance` [B] where it has an input for it."""
 
     lora_targets = LCM_TARGETS
 
-    def __init__(self, net: nn.Module, schedule: Tabulated, predicts: Any) -> None:
+    def __init__(self, net: Any, schedule: Tabulated, predicts: Any) -> None:
         from diffusers.models.attention import BasicTransformerBlock
 
         super().__init__(net, schedule, predicts)
         self.table = schedule
         self.dtype = next(net.parameters()).dtype
+        self.takes_guidance = net.config.time_cond_proj_dim is not None
         self.tap_points = tuple(n for n, m in net.named_modules() if isinstance(m, BasicTransformerBlock))
 
     def call(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         # native timesteps stay in float32: bfloat16 would round 999 to 1000 and 749 to 748
         timestep = self.table.index(t).to(torch.promote_types(torch.float32, self.dtype)).to(x_t.device)
         embeds = cond["prompt_embeds"].to(self.dtype)
-        return self.net(x_t.to(self.dtype), timestep, encoder_hidden_states=embeds, return_dict=False)[0]
+        guidance = self._embedded(cond["guidance"]).to(x_t.device, self.dtype) if self.takes_guidance else None
+        return self.net(
+            x_t.to(self.dtype), timestep, encoder_hidden_states=embeds, timestep_cond=guidance, return_dict=False
+        )[0]
+
+    def _embedded(self, guidance: Tensor) -> Tensor:
+        module: Any = self.module
+        return embed_guidance(guidance.float().cpu() - 1.0, module.config.time_cond_proj_dim)
+
+    def _add_guidance_input(self) -> None:
+        module: Any = self.module
+        projection = nn.Linear(GUIDANCE_CHANNELS, module.time_embedding.linear_1.in_features, bias=False)
+        nn.init.zeros_(
+            projection.weight
+        )  # at random, as a non-strict load leaves it, the student starts off the teacher
+        module.time_embedding.cond_proj = projection.to(next(module.parameters()).device)
+        module.register_to_config(time_cond_proj_dim=GUIDANCE_CHANNELS)
+        self.takes_guidance = True
+
+    def full_student(self, embed_guidance: bool = False) -> UNet:
+        student = super().full_student(embed_guidance)
+        student.dtype = torch.float32
+        return student
 
     def checkpoint_activations(self, wanted: bool = True) -> None:
         module: Any = self.module
         if wanted:
             module.enable_gradient_checkpointing()
+
+
+def embed_guidance(w: Tensor, channels: int) -> Tensor:
+    """Sinusoids of 1000 w, w = guidance_scale - 1: [B] -> [B, channels] float32 (arXiv 2310.04378, section 4.2).
+
+    In float32 and in this order of operations, since the stock pipelines feed these very bits: 1000 w is large.
+    """
+    half = channels // 2
+    rates = torch.exp(torch.arange(half, dtype=torch.float32) * -(torch.log(torch.tensor(10000.0)) / (half - 1)))
+    angles = (w * 1000.0).float()[:, None] * rates[None, :]
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 class StableDiffusion(Model):

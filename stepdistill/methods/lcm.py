@@ -2,6 +2,7 @@
 
 The student learns to jump from any point of the teacher's guided ODE to its end, by agreeing with itself one teacher step
 further on. With a LoRA student the target is the same network without gradient, adapters ON; the teacher is adapters OFF.
+A full student agrees with a slow average of itself, and is told the guidance w that it is to jump with.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class LCMConfig:
         huber_c: constant of the pseudo-Huber loss.
         timestep_scaling: k of c_skip and c_out; LCMScheduler must use the same.
         sigma_data: of c_skip and c_out.
+        target_decay: of the average of a full student that it is trained towards; 0 is the student itself. Not for LoRA.
     """
 
     w_min: float = 5.0
@@ -47,6 +49,7 @@ class LCMConfig:
     huber_c: float = 0.001
     timestep_scaling: float = 10.0
     sigma_data: float = 0.5
+    target_decay: float = 0.95
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.w_min <= self.w_max:
@@ -57,6 +60,8 @@ class LCMConfig:
             raise InputError(f"expected num_ddim_timesteps >= 2, got {self.num_ddim_timesteps}; 50 is usual")
         if not self.huber_c > 0:
             raise InputError(f"expected huber_c > 0, got {self.huber_c}; 0.001 is usual")
+        if not 0.0 <= self.target_decay < 1.0:
+            raise InputError(f"expected target_decay in [0, 1), got {self.target_decay}; fix --method.target_decay")
 
 
 class LCM(Method):
@@ -64,13 +69,15 @@ class LCM(Method):
 
     Args:
         config: the paper's constants.
-        student: the consistency function to train; on a :class:`Tabulated` schedule with c_skip and c_out, as
-            LCMScheduler samples it, on other schedules (flow) its x0 itself.
+        student: the consistency function to train, a LoRA or a full network; on a :class:`Tabulated` schedule with c_skip
+            and c_out, as LCMScheduler samples it, on other schedules (flow) its x0 itself.
         teacher: the frozen denoiser.
     """
 
     def __init__(self, config: LCMConfig, student: Denoiser, teacher: Denoiser) -> None:
         self.config, self.student, self.teacher = config, student, teacher
+        averaged = student.adapters is None and config.target_decay > 0
+        self.target = student.frozen_copy() if averaged else student  # theta^-
         self.schedule = teacher.schedule
         self.grid = self.schedule.grid(config.num_ddim_timesteps)  # t_N = 1 > ... > t_0 = 0
         if isinstance(self.schedule, Tabulated):
@@ -83,7 +90,11 @@ class LCM(Method):
             self.grid[-1] = 1.0 / levels  # the discrete grid ends at index 0, abar[0], as LCM's does: [999, ..., 19, 0]
 
     def networks(self) -> dict[str, Network]:
-        return {"student": self.student}
+        return (
+            {"student": self.student}
+            if self.target is self.student
+            else {"student": self.student, "target": self.target}
+        )
 
     def training_step(self, batch: Batch) -> Losses:
         """Algorithm 1 of arXiv 2310.04378, with the skipping step of section 4.3."""
@@ -92,14 +103,25 @@ class LCM(Method):
         t, s = self.grid[k], self.grid[k + 1]  # t_{n+k} and t_n, one solver step apart
         w = uniform(rng.uniform("guidance"), self.config.w_min, self.config.w_max)
         x_t = self.schedule.add_noise(x0, rng.normal("noise", x0.shape[1:], x0.dtype), t)
+        told = {**cond, "guidance": w + 1.0} if self.student.takes_guidance else cond  # guidance_scale = w + 1
 
-        jump = self.consistency(x_t, t, self.student(x_t, t, cond))
+        jump = self.consistency(x_t, t, self.student(x_t, t, told))
         with torch.no_grad():
             x_s = ddim(self.schedule, self.guided(x_t, t, cond, batch.uncond, w), s)  # section 4.2: Psi with guidance w
-            target = self.consistency(x_s, s, self.student(x_s, s, cond))  # theta^-: adapters ON, no gradient
+            target = self.consistency(x_s, s, self.target(x_s, s, told))  # theta^-; of a LoRA: adapters ON, no gradient
         huber = self.config.loss_type == "huber"
         loss = pseudo_huber(jump, target, self.config.huber_c) if huber else mse(jump, target)
         return Losses({"consistency": loss.mean()}, count=len(batch))
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """theta^- <- mu theta^- + (1 - mu) theta, the last line of Algorithm 1."""
+        if self.target is self.student:
+            return
+        average, weights = dict(self.target.module.named_parameters()), self.student.named_trainable()
+        torch._foreach_lerp_(
+            [average[name] for name in weights], list(weights.values()), 1.0 - self.config.target_decay
+        )
 
     def guided(self, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond, w: Tensor) -> Prediction:
         """The teacher's prediction with guidance w [B], conditional and unconditional half in one forward."""

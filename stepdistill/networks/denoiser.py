@@ -13,7 +13,7 @@ from ..batch import Cond
 from ..diffusion.prediction import Kind, Prediction, read
 from ..diffusion.schedule import NoiseSchedule
 from ..errors import InputError
-from .lora import Adapters, LoraSpec
+from .lora import Adapters, LoraSpec, StudentConfig
 from .network import Network
 
 
@@ -25,10 +25,12 @@ class Denoiser(Network, ABC):
         predicts: what the output means: eps, x0, v or flow.
         lora_targets: module names that LoRA adapts by default.
         tap_points: module names whose features a discriminator reads by default.
+        takes_guidance: whether it reads `cond["guidance"]`, the guidance_scale [B] that it is to behave as if sampled with.
     """
 
     lora_targets: Sequence[str] = ()
     tap_points: Sequence[str] = ()
+    takes_guidance: bool = False
 
     def __init__(self, net: nn.Module, schedule: NoiseSchedule, predicts: Kind) -> None:
         super().__init__(net)
@@ -56,6 +58,32 @@ class Denoiser(Network, ABC):
             raise InputError(
                 f"{type(self).__name__} has no gradient checkpointing; drop --train.gradient_checkpointing"
             )
+
+    def student(self, config: StudentConfig, seed: int = 0, embed_guidance: bool = False) -> Self:
+        """What trains, starting as this network: an adapter over its weights, or a network of its own.
+
+        Args:
+            config: which of the two.
+            seed: of the adapter's first weights.
+            embed_guidance: give a full student a guidance input, where the family has one.
+        """
+        if config.kind == "lora":
+            return self.with_lora(config.spec(self.lora_targets), seed=seed)
+        return self.full_student(embed_guidance)
+
+    def full_student(self, embed_guidance: bool = False) -> Self:
+        """A student with weights of its own, all of them trained, in float32; at first it computes what this network does."""
+        if self.adapters is not None:
+            raise ValueError("expected a network without adapters to copy in full; open the checkpoint again")
+        student = copy.copy(self)
+        student.net = copy.deepcopy(self.module).float().requires_grad_(True)
+        if embed_guidance:
+            student._add_guidance_input()
+        student._fix_trainable()
+        return student
+
+    def _add_guidance_input(self) -> None:
+        """Families with a guidance input add it to `self.net` here, with an output of zero, and set `takes_guidance`."""
 
     def with_lora(self, spec: LoraSpec, name: str = "student", seed: int = 0) -> Self:
         """A student that shares this network's weights and trains an adapter on them.

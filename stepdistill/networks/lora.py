@@ -61,13 +61,13 @@ class StudentConfig:
     """What trains.
 
     Attributes:
-        kind: "lora", an adapter over the teacher's own weights.
-        rank: the adapter's inner dimension.
+        kind: "lora", an adapter over the teacher's own weights, or "full", a network of its own.
+        rank: the adapter's inner dimension (this and the rest are for lora).
         alpha: its strength is alpha / rank; the rank by default.
         targets: module names (or their ends), comma separated; the family's full set by default.
     """
 
-    kind: Literal["lora"] = "lora"
+    kind: Literal["lora", "full"] = "lora"
     rank: int = 64
     alpha: float | None = None
     targets: CommaList | None = None
