@@ -1,7 +1,12 @@
-"""A folder of safetensors files that survives being killed at any moment: whole files only, listed with their checksums.
+"""A folder of safetensors files that survives being killed at any moment, and that several processes fill at once.
 
-Each file is written under another name, flushed and renamed; then manifest.json, which lists size and sha256 of every
-file, is replaced in the same way. A file that is not listed, or not as listed, counts as missing.
+Each shard is written under another name, flushed and renamed; then a small JSON beside it, which lists its size, sha256 and
+rows, comes about in the same way. A shard without its JSON, or not as listed there, counts as missing. No file is shared by two
+writers: about.json says what the folder holds and is written once.
+
+A finished cache is not read through at every start. The JSON also holds the time at which the shard was last changed: where
+size and time are still those, the shard is taken to be whole; where the time is another (a copy, a restored backup, a damaged
+file), it is hashed once, and the new time is noted.
 """
 
 from __future__ import annotations
@@ -12,7 +17,8 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,89 +28,138 @@ from torch import Tensor
 
 from ..errors import InputError
 
-MANIFEST = "manifest.json"
+ABOUT = "about.json"
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the JSON beside a shard says.
+
+    Attributes:
+        size: bytes of the shard.
+        sha256: of the shard.
+        mtime_ns: when it was last changed.
+        rows: how many rows its tensors have.
+        bad: "name (reason)" of images that could not be read and have no row.
+    """
+
+    size: int
+    sha256: str
+    mtime_ns: int
+    rows: int
+    bad: tuple[str, ...] = ()
+
+    @classmethod
+    def read(cls, text: str) -> Entry:
+        """From JSON; raises ValueError for anything else."""
+        values = json.loads(text)
+        try:
+            entry = cls(**values)
+            if not all(isinstance(v, int) for v in (entry.size, entry.mtime_ns, entry.rows)):
+                raise TypeError("numbers are missing")
+            return cls(**{**values, "bad": tuple(str(b) for b in entry.bad)})
+        except TypeError as error:
+            raise ValueError(str(error)) from error
 
 
 class ShardStore:
     """The files of one cache.
 
     Args:
-        folder: its place; made at the first :meth:`commit`.
-        about: plain values that say what the cache holds; files of a manifest that says otherwise are not used.
+        folder: its place; made by :meth:`begin`.
+        about: plain values that say what the cache holds, for whoever looks into the folder.
 
     Raises InputError where the folder cannot be written (no permission, disk full).
     """
 
     def __init__(self, folder: Path, about: Mapping[str, Any]) -> None:
         self.folder, self.about = folder, dict(about)
-        self.listed: dict[str, dict[str, Any]] = {}
 
     def path(self, name: str) -> Path:
         """Where shard `name` is."""
         return self.folder / f"{name}.safetensors"
 
-    def __contains__(self, name: str) -> bool:
-        return name in self.listed
+    def begin(self) -> None:
+        """Makes the folder with about.json and clears what killed runs left; to be called by one process."""
+        if not self.has_begun():
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._put(ABOUT, json.dumps(self.about, indent=1))
+            except OSError as error:
+                raise self._unwritable(error) from error
+        self._remove_leftovers()
 
-    def read_manifest(self, verify: bool) -> bool:
-        """Takes up what the folder holds; returns whether there is a manifest of this cache.
+    def has_begun(self) -> bool:
+        """Whether some process has called :meth:`begin` here."""
+        return (self.folder / ABOUT).is_file()
 
-        Args:
-            verify: read every file and forget those whose size or sha256 is not the listed one.
+    def has(self, name: str) -> bool:
+        """Whether shard `name` was finished; a quick look at the names alone."""
+        return (self.folder / f"{name}.json").is_file()
+
+    def find(self, name: str) -> Entry | None:
+        """The entry of a shard that is there as it was written, else None.
+
+        What is damaged is said, and forgotten: its JSON goes, so that nobody takes the shard for finished.
         """
+        sidecar, path = self.folder / f"{name}.json", self.path(name)
         try:
-            manifest = json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
-            same, listed = manifest["about"] == self.about, dict(manifest["files"])
-        except FileNotFoundError:
-            return False
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            log.warning("%s is damaged (%s): the cache is made again", self.folder / MANIFEST, error)
-            return False
-        if same:
-            self.listed = {name: entry for name, entry in listed.items() if not verify or self._is_whole(name, entry)}
-        return same
-
-    def _is_whole(self, name: str, entry: Any) -> bool:
+            entry = Entry.read(sidecar.read_text(encoding="utf-8"))
+            stat = path.stat()
+            if stat.st_size == entry.size and stat.st_mtime_ns == entry.mtime_ns:
+                return entry
+            if stat.st_size == entry.size and _sha256(path) == entry.sha256:
+                return self._restamped(name, entry, stat.st_mtime_ns)
+            reason = "not as it was written"
+        except (OSError, ValueError) as error:
+            if not sidecar.exists():
+                return None
+            reason = str(error)
+        log.warning("%s is damaged or missing (%s) and is made again", path, reason)
         try:
-            whole = bool(_entry(self.path(name)) == entry)
-        except OSError:
-            whole = False
-        if not whole:
-            log.warning("%s is damaged or missing and is made again", self.path(name))
-        return whole
-
-    def write(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Adds or replaces one shard; contiguous CPU tensors."""
-        temp = self.folder / f".{name}.{os.getpid()}.tmp"
-        if not (self.folder / MANIFEST).exists():
-            self.commit()
-        try:
-            save_file(dict(tensors), temp)
-            shutil.copymode(self.folder / MANIFEST, temp)  # safetensors makes files that only their owner can read
-            _flush(temp)
-            entry = _entry(temp)
-            os.replace(temp, self.path(name))
-        except (OSError, SafetensorError) as error:
-            temp.unlink(missing_ok=True)
-            raise self._unwritable(error) from error
-        self.listed[name] = entry
-        self.commit()
-
-    def commit(self) -> None:
-        """Writes the manifest of what there is now."""
-        temp = self.folder / f".{MANIFEST}.{os.getpid()}.tmp"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            temp.write_text(json.dumps({"about": self.about, "files": self.listed}, indent=1), encoding="utf-8")
-            _flush(temp)
-            _flush(self.folder)  # the shards' new names must be on the disk before the manifest that lists them
-            os.replace(temp, self.folder / MANIFEST)
-            _flush(self.folder)
+            sidecar.unlink(missing_ok=True)
         except OSError as error:
             raise self._unwritable(error) from error
+        return None
 
-    def remove_leftovers(self) -> None:
+    def _restamped(self, name: str, entry: Entry, mtime_ns: int) -> Entry:
+        entry = Entry(**{**asdict(entry), "mtime_ns": mtime_ns})
+        try:
+            self._put(f"{name}.json", json.dumps(asdict(entry)))
+        except OSError as error:  # a cache that one may only read is hashed each time
+            log.debug("%s keeps its old time: %s", name, error)
+        return entry
+
+    def write(self, name: str, tensors: Mapping[str, Tensor], rows: int, bad: Sequence[str] = ()) -> Entry:
+        """Adds or replaces one shard; contiguous CPU tensors."""
+        temp = self.folder / f".{name}.{os.getpid()}.tmp"
+        try:
+            save_file(dict(tensors), temp)
+            shutil.copymode(self.folder / ABOUT, temp)  # safetensors makes files that only their owner can read
+            _flush(temp)
+            stat = temp.stat()
+            entry = Entry(stat.st_size, _sha256(temp), stat.st_mtime_ns, rows, tuple(bad))
+            os.replace(temp, self.path(name))
+            _flush(self.folder)  # the shard's new name must be on the disk before the JSON that speaks of it
+            self._put(f"{name}.json", json.dumps(asdict(entry)))
+        except (OSError, SafetensorError) as error:
+            raise self._unwritable(error) from error
+        finally:
+            temp.unlink(missing_ok=True)
+        return entry
+
+    def _put(self, name: str, text: str) -> None:
+        temp = self.folder / f".{name}.{os.getpid()}.tmp"
+        try:
+            temp.write_text(text, encoding="utf-8")
+            _flush(temp)
+            os.replace(temp, self.folder / name)
+            _flush(self.folder)
+        finally:
+            temp.unlink(missing_ok=True)
+
+    def _remove_leftovers(self) -> None:
         """Deletes what killed runs left half-written; a day's grace for a run that is at it now."""
         for temp in self.folder.glob(".*.tmp"):
             try:
@@ -120,9 +175,9 @@ class ShardStore:
         )
 
 
-def _entry(path: Path) -> dict[str, Any]:
+def _sha256(path: Path) -> str:
     with path.open("rb") as file:
-        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _flush(path: Path) -> None:

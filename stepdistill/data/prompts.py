@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,17 +10,18 @@ import torch
 from ..batch import Cond
 from ..errors import InputError
 from ..families.model import Model
+from .images import Source, digest
 
 
-@dataclass(frozen=True)
-class Prompts:
-    """A list of prompts.
+class Prompts(Source):
+    """A list of prompts; as training data it has no images, the teacher makes the latents.
 
-    Attributes:
-        texts: the prompts, in the order of the file.
+    Args:
+        captions: the prompts, in the order of the file.
     """
 
-    texts: tuple[str, ...]
+    def __init__(self, captions: Sequence[str]) -> None:
+        self.captions = list(captions)
 
     @classmethod
     def read(cls, path: str | Path) -> Prompts:
@@ -40,21 +40,15 @@ class Prompts:
             raise InputError(
                 f"expected UTF-8 text in {str(path)!r}, got {error.reason}; save the file as UTF-8"
             ) from error
-        texts = tuple(line.strip() for line in lines if line.strip())
+        texts = [line.strip() for line in lines if line.strip()]
         if not texts:
             raise InputError(
                 f"expected at least one prompt in {str(path)!r}, got blank lines only; write one prompt a line"
             )
         return cls(texts)
 
-    def __len__(self) -> int:
-        return len(self.texts)
-
-    def __getitem__(self, index: int) -> str:
-        return self.texts[index]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.texts)
+    def fingerprint(self) -> str:
+        return str(digest(self.captions).hexdigest())
 
 
 def unique(prompts: Sequence[str]) -> tuple[list[str], list[int]]:

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from ..bench.judge import Judge
-from ..data.images import DataConfig, open_images
+from ..data.config import DataConfig
 from ..data.latents import cache_latents
+from ..data.open import open_source
 from ..families.unet import StableDiffusion, UNet
 from ..method import Method
 from ..methods.denoising import Denoising, DenoisingConfig
@@ -97,8 +98,8 @@ def make_unet(config: TrainConfig, folder: Path, images: int, text: nn.Module, v
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     model = StableDiffusion(parts, "demo")
-    source = open_images(DataConfig(path="demo", demo_images=images))
-    data = cache_latents(model, source, model.resolution, folder / "cache", batch_size=100)
+    pictures = DataConfig(demo_images=images, encode_batch_size=100, cache_dir=str(folder / "cache"))
+    data = cache_latents(model, open_source(pictures), pictures)
     student = UNet(unet.requires_grad_(True).train(), model.denoiser.table, "v")
     _fit(config, folder, Denoising(DenoisingConfig(), student), data)
     unet.save_pretrained(folder / "unet")

@@ -30,8 +30,8 @@ def test_each_prompt_is_encoded_once_and_rows_keep_their_order():
 def test_reading_skips_blank_lines_and_keeps_repeated_prompts(tmp_path: Path):
     (tmp_path / "a.txt").write_bytes("﻿one, é\r\n\r\n  two \n \t\none, é".encode())
     prompts = Prompts.read(tmp_path / "a.txt")
-    assert list(prompts) == ["one, é", "two", "one, é"]
-    assert (len(prompts), prompts[1]) == (3, "two")
+    assert prompts.captions == ["one, é", "two", "one, é"]
+    assert len(prompts) == 3
 
 
 def test_bad_prompt_files(tmp_path: Path):
