@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar
 
-from .errors import InputError
+from .errors import ExportError, InputError
 
 R = TypeVar("R")
 
@@ -109,7 +109,7 @@ def run(
     description: str | None = None,
     demo: str | Path | None = None,
 ) -> None:
-    """A recipe's entry point: parses, runs, and turns :class:`InputError` into one paragraph and exit code 2.
+    """A recipe's entry point: parses, runs, and turns what a user can read into one paragraph and an exit code.
 
     Args:
         demo: defaults that hold while `teacher.path` is "demo", the small teacher that ships.
@@ -119,14 +119,14 @@ def run(
         if demo is not None and "teacher:\n  path: demo\n" in parsed.yaml:
             parsed = parse(recipe_class, description=description, defaults=demo)
         main(parsed)
-    except InputError as error:
+    except (InputError, ExportError) as error:
         fail(error)
 
 
-def fail(error: InputError) -> NoReturn:
-    """Prints the message, wrapped, on stderr and exits with 2."""
+def fail(error: InputError | ExportError) -> NoReturn:
+    """Prints the message, wrapped, on stderr and exits: with 2 for bad input, with 1 for an export that is wrong."""
     print(textwrap.fill(f"error: {error}", width=120, break_long_words=False, break_on_hyphens=False), file=sys.stderr)
-    raise SystemExit(2) from None
+    raise SystemExit(2 if isinstance(error, InputError) else 1) from None
 
 
 def write_config(parsed: Parsed[Any], folder: str | Path) -> None:

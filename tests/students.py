@@ -1,4 +1,4 @@
-"""LoRA students of the tiny pipeline, with weights that are not zero, for the tests of networks, export and command line."""
+"""Students of the tiny pipelines, with weights that are not zero, for the tests of networks, export and command line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from stepdistill.families import Model, TeacherConfig, load
 from stepdistill.families.unet import LCM_TARGETS
 from stepdistill.networks.denoiser import Denoiser
-from stepdistill.networks.lora import LoraSpec
+from stepdistill.networks.lora import LoraSpec, StudentConfig
 from stepdistill.networks.network import Network
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -48,6 +48,16 @@ def student_of(
     return student
 
 
+def full_student_of(model: Model, embed_guidance: bool = True, seed: int = 3) -> Any:
+    """A full student whose weights have moved a little, its guidance input too."""
+    student = model.denoiser.student(StudentConfig(kind="full"), embed_guidance=embed_guidance)
+    draws = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in student.trainable():
+            parameter.add_(0.03 * torch.randn(parameter.shape, generator=draws))
+    return student
+
+
 def inputs(seed: int = 0, batch: int = 2) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     draws = torch.Generator().manual_seed(seed)
     x_t = torch.randn((batch, 4, 4, 4), generator=draws)
@@ -66,6 +76,16 @@ def run_unet(unet: Any) -> Tensor:
     x_t, t, cond = inputs()
     out: Tensor = unet(x_t, (1000 * t - 1).float(), encoder_hidden_states=cond["prompt_embeds"], return_dict=False)[0]
     return out
+
+
+@torch.no_grad()
+def look_at(model: Model, network: Denoiser, guidance: float | None = None) -> Tensor:
+    """What a network of any family computes on noise."""
+    x_t = torch.randn((2, *model.latent_shape), generator=torch.Generator().manual_seed(1))
+    cond = model.conditions(model.examples)
+    if guidance is not None:
+        cond["guidance"] = torch.full((2,), guidance)
+    return network.output(x_t, torch.tensor([1.0, 0.4], dtype=torch.float64), cond)
 
 
 def train(student: Denoiser, steps: int = 3) -> None:

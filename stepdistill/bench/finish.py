@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
-from ..export.card import loading_lines, write_card
+from torch import Tensor, nn
+
+from ..errors import InputError
+from ..export.card import write_card
+from ..export.config import ExportConfig
+from ..export.folder import read_facts
+from ..export.hub import push
+from ..export.lines import loading_lines
 from ..export.sampling import sampling
-from ..export.student import FACTS
 from ..families import Model, TeacherConfig, load
 from ..families.loading import DEMO_JUDGE
 from ..methods.lcm import LCMConfig
@@ -28,15 +35,19 @@ def sampler(
     """A callback that writes `samples/<step>.png`: a row a prompt, a column a number of steps, one noise a row.
 
     Without prompts it does nothing. The noise depends on `seed` and the prompt's place alone, so pictures of one run compare.
+
+    Raises InputError, before the training, for prompts that the model does not read and for what no stock scheduler samples.
     """
-    plan = sampling(method, model)
+    plan = sampling(method, model, student.takes_guidance)
+    if prompts and "tokenizer" not in model.pipeline().components:
+        raise InputError(f"expected no prompts for {model.name!r}, which reads none; drop --train.validation_prompts")
 
     def sample(step: int) -> None:
         if not prompts:
             return
         pipe = model.pipeline(student)
         pipe.scheduler = type(plan.scheduler).from_config(plan.scheduler.config)
-        with student.active():
+        with student.active(), _in_their_own_dtypes([student.module, *pipe.vae.children()]):
             columns = {
                 f"{steps} step{'s' * (steps > 1)}": generate(
                     pipe, prompts, steps=steps, guidance_scale=plan.guidance_scale, seed=seed
@@ -50,21 +61,66 @@ def sampler(
     return sample
 
 
-def finish(folder: str | Path, teacher: TeacherConfig, method: LCMConfig, config: EvalConfig) -> None:
+@contextmanager
+def _in_their_own_dtypes(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Within it each of the modules is given tensors in the dtype of its weights.
+
+    A stock pipeline expects one dtype throughout. In training a teacher may be in half precision, beside a full student and
+    an autoencoder that are not.
+    """
+
+    def cast(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        dtype = next(module.parameters()).dtype
+
+        def own(value: Any) -> Any:
+            return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+        return tuple(own(v) for v in args), {name: own(v) for name, v in kwargs.items()}
+
+    with ExitStack() as stack:
+        for module in modules:
+            stack.callback(module.register_forward_pre_hook(cast, with_kwargs=True).remove)
+        yield
+
+
+def finish(
+    folder: str | Path,
+    teacher: TeacherConfig,
+    method: LCMConfig,
+    config: EvalConfig,
+    export: ExportConfig | None = None,
+) -> None:
     """The end of a run: on the demo teacher its table and picture grid, made with the exported files; then how to load them.
 
-    The student is opened as any user would: a fresh stock pipeline with `folder` loaded into it.
+    The student is opened as any user would: a fresh stock pipeline with the export in `folder` loaded into it. Where `export`
+    asks for it, all of that is uploaded.
     """
+    folder = Path(folder)
+    info = read_facts(folder)
     if teacher.path == "demo" and config.images:
-        student, bare = load(teacher), load(teacher)
-        pipe = student.pipeline()
-        pipe.load_lora_weights(str(folder))
-        pipe.scheduler = sampling(method, student).scheduler
+        fresh, bare = load(teacher), load(teacher)
+        pipe = with_export(fresh.pipeline(), folder, info)
+        pipe.scheduler = sampling(method, fresh).scheduler
         compare_with_teacher(
             folder, pipe, bare.pipeline(), Judge.load(DEMO_JUDGE), REPOSITORY / config.results,
-            steps=config.steps.ints(), n=config.images,
+            steps=config.steps.ints(), n=config.images, guidance=info["guidance_scale"],
         )  # fmt: skip
-        print(f"pictures: {Path(folder) / 'grid.png'}   table: {Path(folder) / 'table.md'}")
-        info = json.loads((Path(folder) / FACTS).read_text(encoding="utf-8"))
-        write_card(Path(folder), info, loading_lines(folder, teacher), Path(folder))  # now that there are scores for it
-    print(f"\nload it in stock Diffusers:\n\n{loading_lines(folder, teacher)}")
+        print(f"pictures: {folder / 'grid.png'}   table: {folder / 'table.md'}")
+        write_card(folder, info, loading_lines(folder, info), folder)  # now that there are scores for it
+    address = push(folder, export or ExportConfig())
+    print(f"\nload it in stock Diffusers:\n\n{loading_lines(folder, info)}")
+    if address:
+        print(f"\nuploaded to {address}")
+
+
+def with_export(pipe: Any, folder: Path, info: dict[str, Any]) -> Any:
+    """A stock pipeline of the base model with the exported adapter or network in it."""
+    import diffusers
+
+    network = info["weights"]["network"]
+    if network is None:
+        pipe.load_lora_weights(str(folder))
+    else:
+        cls = getattr(diffusers, network["class"])
+        pipe.register_modules(**{network["folder"]: cls.from_pretrained(str(folder), subfolder=network["folder"])})
+    return pipe

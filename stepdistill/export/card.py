@@ -2,42 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from ..families import TeacherConfig
-from ..families.loading import is_local, is_single_file, resolve
+from ..families.loading import is_local
+from .kohya import KOHYA
+from .lines import quoted
 
 CARD, TABLE, SAMPLES = "README.md", "table.md", "samples"
-
-
-def loading_lines(folder: str | Path, base: str | TeacherConfig, steps: int = 4, guidance_scale: float = 1.0) -> str:
-    """Diffusers code that loads the base model and the adapter in `folder` and makes a picture; it runs as pasted."""
-    base = TeacherConfig(base) if isinstance(base, str) else base
-    path = resolve(base.path)
-    options = {} if is_single_file(path) else {"revision": base.revision, "variant": base.variant}
-    given = "".join(f', {key}="{value}"' for key, value in options.items() if value is not None)
-    opener = "from_single_file" if is_single_file(path) else "from_pretrained"
-    names = ["LCMScheduler", "StableDiffusionPipeline"] + (["AutoencoderKL"] if base.vae else [])
-    lines = [f"from diffusers import {', '.join(sorted(names))}", ""]
-    lines += [f"pipe = StableDiffusionPipeline.{opener}({_quoted(path)}{given})"]
-    if base.vae:
-        lines += [f"pipe.vae = AutoencoderKL.from_pretrained({_quoted(base.vae)}{_vae_subfolder(base.vae)})"]
-    lines += [
-        f"pipe.load_lora_weights({_quoted(folder)})",
-        f'pipe.scheduler = LCMScheduler.from_pretrained({_quoted(folder)}, subfolder="scheduler")',
-        f'image = pipe("PROMPT", num_inference_steps={steps}, guidance_scale={guidance_scale}).images[0]',
-    ]
-    return "\n".join(lines)
-
-
-def _quoted(path: str | Path) -> str:
-    return json.dumps(str(path), ensure_ascii=False)
-
-
-def _vae_subfolder(path: str) -> str:
-    return ', subfolder="vae"' if (Path(path) / "vae").is_dir() else ""
+TASKS = {"prompt": "text-to-image", "nothing": "unconditional-image-generation", "class": "image-generation"}
 
 
 def base_model(teacher: TeacherConfig) -> str:
@@ -48,54 +22,90 @@ def base_model(teacher: TeacherConfig) -> str:
 
 
 def write_card(folder: Path, info: dict[str, Any], lines: str, run: Path) -> Path:
-    """Writes `folder/README.md` from the facts in stepdistill.json, with the newest picture and the table of `run`."""
+    """Writes :func:`card` as `folder/README.md`."""
     path = folder / CARD
-    path.write_text("\n\n".join([_front_matter(info), *_body(info, lines), *_shown(run)]) + "\n", encoding="utf-8")
+    path.write_text(card(info, lines, run), encoding="utf-8")
     return path
 
 
-def _front_matter(info: dict[str, Any]) -> str:
-    tags = ["diffusers", "lora", info["method"], "stepdistill", "text-to-image"]
-    return "\n".join(
-        [
-            "---",
-            f"base_model: {_quoted(info['base_model']['name'])}",
-            "base_model_relation: adapter",
-            "library_name: diffusers",
-            "pipeline_tag: text-to-image",
-            "tags:",
-            *(f"- {tag}" for tag in tags),
-            "---",
-        ]
-    )
+def card(info: dict[str, Any], lines: str, run: Path, elsewhere: bool = False) -> str:
+    """The card from the facts in stepdistill.json, with the newest picture and the table of `run`.
+
+    Args:
+        elsewhere: for the hub, which takes no other base_model than one that is there.
+    """
+    return "\n\n".join([_front_matter(info, elsewhere), *_body(info, lines), *_shown(run)]) + "\n"
+
+
+def _front_matter(info: dict[str, Any], elsewhere: bool) -> str:
+    base, adapter, task = info["base_model"], info["weights"]["network"] is None, TASKS[info["takes"]]
+    fields = {
+        "base_model": base["name"],
+        "base_model_relation": "adapter" if adapter else "finetune",
+        **info["licence"],
+        "library_name": "diffusers",
+        "pipeline_tag": task,
+    }
+    if elsewhere and (base["path"] == "demo" or is_local(base["path"])):
+        del fields["base_model"], fields["base_model_relation"]
+    tags = ["diffusers", *(["lora"] if adapter else []), info["method"], "stepdistill", task]
+    rows = [*(f"{field}: {quoted(value)}" for field, value in fields.items()), "tags:", *(f"- {tag}" for tag in tags)]
+    return "\n".join(["---", *rows, "---"])
 
 
 def _body(info: dict[str, Any], lines: str) -> list[str]:
-    student, trained = info["student"], info["trained"]
-    counts = ", ".join(str(n) for n in info["steps"])
-    rows = [
-        f"- steps: {counts} (timesteps of {info['default_steps']}: {info['timesteps'][str(info['default_steps'])]})",
-        f"- guidance_scale: {info['guidance_scale']:g} (up to 1.5 works too); the weights hold guidance w from "
-        f"{trained['w_min']:g} to {trained['w_max']:g}, a guidance_scale of {trained['w_min'] + 1:g} to "
-        f"{trained['w_max'] + 1:g} of the base model",
-        f"- adapter: rank {student['rank']}, alpha {student['alpha']:g}, {student['modules']} modules, "
-        f"{info['weights']['dtype']}",
-        "- made with " + ", ".join(f"{name} {number}" for name, number in info["versions"].items()),
-    ]
-    if student["rank"] != student["alpha"]:
-        strength = student["alpha"] / student["rank"]
-        rows.insert(
-            3,
-            f"- strength: alpha / rank = {strength:g}, in the file's metadata; set it by hand in a tool that reads none",
-        )
+    base, steps = info["base_model"]["name"], info["steps"]
+    adapter = info["weights"]["network"] is None
+    thing = "adapter" if adapter else "model"
     return [
-        f"# {info['method'].upper()}-LoRA of {info['base_model']['name']}",
-        f"A latent-consistency adapter for {info['base_model']['name']}, made with stepdistill: pictures in "
-        f"{info['steps'][0]} to {info['steps'][-1]} steps without classifier-free guidance.",
+        f"# {info['method'].upper()}{'-LoRA' * adapter} of {base}",
+        f"A latent-consistency {thing} {'for' if adapter else 'distilled from'} {base}, made with stepdistill: pictures in "
+        f"{steps[0]} to {steps[-1]} steps{' without classifier-free guidance' * (info['takes'] == 'prompt')}.",
         f"```python\n{lines}\n```",
         "## Details",
-        "\n".join(rows),
+        "\n".join(f"- {row}" for row in [*_sampling_rows(info), *_student_rows(info), *_origin_rows(info)]),
     ]
+
+
+def _sampling_rows(info: dict[str, Any]) -> list[str]:
+    counts, default = ", ".join(str(n) for n in info["steps"]), info["default_steps"]
+    rows = [f"steps: {counts} (timesteps of {default}: {info['timesteps'][str(default)]})"]
+    trained, scale = info["trained"], info["guidance_scale"]
+    low, high = trained["w_min"] + 1.0, trained["w_max"] + 1.0
+    if info["guidance_range"]:
+        rows += [
+            f"guidance_scale: {scale:g}, or another from {low:g} to {high:g}: the network reads it, and runs once a step "
+            "whatever it is"
+        ]
+    elif info["takes"] == "prompt":
+        rows += [
+            f"guidance_scale: {scale:g} (up to 1.5 works too); the weights hold guidance w from {trained['w_min']:g} to "
+            f"{trained['w_max']:g}, a guidance_scale of {low:g} to {high:g} of the base model"
+        ]
+    return rows
+
+
+def _student_rows(info: dict[str, Any]) -> list[str]:
+    student, weights = info["student"], info["weights"]
+    if student["kind"] == "full":
+        return [f"network: {student['parameters']:,} weights of its own, {weights['dtype']}"]
+    size = f"rank {student['rank']}, alpha {student['alpha']:g}, {student['modules']} modules, {weights['dtype']}"
+    if weights["network"]:
+        return [f"network: the base with an adapter merged into its weights ({size}); no adapter can be loaded into it"]
+    rows = [f"adapter: {size}"]
+    if student["rank"] != student["alpha"]:
+        strength = student["alpha"] / student["rank"]
+        rows += [
+            f"strength: alpha / rank = {strength:g}, in the file's metadata; set it by hand in a tool that reads none"
+        ]
+    if KOHYA in weights["files"]:
+        rows += [f"`{KOHYA}`: the same adapter for tools that read kohya's layout"]
+    return rows
+
+
+def _origin_rows(info: dict[str, Any]) -> list[str]:
+    made = "made with " + ", ".join(f"{name} {number}" for name, number in info["versions"].items())
+    return [made] if info["licence"] else [made, "licence: see the base model"]
 
 
 def _shown(run: Path) -> list[str]:

@@ -1,28 +1,32 @@
 """`stepdistill export RUN`: the student of a finished or running training, rebuilt from its folder and exported.
 
 The record is `RUN/config.yaml`, the resolved config that every recipe writes. Its sections `teacher`, `student`, `method`
-and `export` are read one by one into the dataclasses they came from; the method is the one whose config has these fields.
+and `export` are read one by one into the dataclasses they came from. Which method it was, the checkpoint says.
 """
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from ..config import CommaList
 from ..errors import InputError
-from ..families import TeacherConfig, load
-from ..methods.lcm import LCMConfig
+from ..families import Model, TeacherConfig, load
+from ..methods.lcm import LCM, LCMConfig
 from ..networks.denoiser import Denoiser
 from ..networks.lora import StudentConfig
 from ..training.checkpoint import Checkpoint, CheckpointStore
 from .config import CONFIG, ExportConfig, read_config
+from .hub import check_hub, push
 from .student import export_student
 
-METHODS = (LCMConfig,)
+METHODS = {LCM.__name__: LCMConfig}
+PARSED: Mapping[str, Callable[[Any], Any]] = {"targets": CommaList.parse, "formats": CommaList.parse}
 T = TypeVar("T")
 
 
@@ -42,62 +46,78 @@ def export_run(
         teacher: fields of TeacherConfig to change, e.g. a path that has moved.
         export: fields of ExportConfig to change.
     """
-    run = Path(run)
+    run, folder = Path(run), Path(output_dir or run)
     sections = read_config(run)
-    teacher_config = replace(_section(TeacherConfig, sections, "teacher"), **(teacher or {}))
+    teacher_config = _section(TeacherConfig, sections, "teacher", teacher)
     student_config = _section(StudentConfig, sections, "student")
-    export_config = replace(_section(ExportConfig, sections, "export"), **(export or {}))
-    method = _section(method_class(sections), sections, "method")
+    export_config = _section(ExportConfig, sections, "export", export)
     found = CheckpointStore(run / "checkpoints").find(checkpoint, strict=True)
     if found is None:
         raise InputError(
             f"expected a checkpoint in {run / 'checkpoints'}, got none; train first, or name another run folder"
         )
+    method = _section(method_class(sections, found.state), sections, "method")
+    check_hub(export_config, folder)
     model = load(teacher_config)
-    student = model.denoiser.with_lora(student_config.spec(model.denoiser.lora_targets))
-    load_student(student, found)
-    return export_student(output_dir or run, model, student, teacher_config, method, export_config, run)
+    student = rebuilt(model, student_config, found)
+    export_student(folder, model, student, teacher_config, method, export_config, run)
+    push(folder, export_config)
+    return folder
 
 
-def method_class(sections: dict[str, Any]) -> type[LCMConfig]:
-    """The config class of the method that trained the run: the one that has every field of the section."""
-    keys = set(sections["method"] or {})
-    for method in METHODS:
-        if keys <= {f.name for f in fields(method)}:
-            return method
-    raise InputError(
-        f"expected the config of a method that exports ({', '.join(m.__name__ for m in METHODS)}), got {sorted(keys)}"
-    )
+def method_class(sections: dict[str, Any], state: Mapping[str, Any]) -> type[LCMConfig]:
+    """The config class of the method that trained: the one the checkpoint names, else one that has the section's fields."""
+    name, keys = state.get("run", {}).get("method"), set(sections["method"] or {})
+    if name is None:
+        fitting = [n for n, config in METHODS.items() if keys <= {f.name for f in fields(config)}]
+        name = fitting[0] if fitting else f"one with the fields {', '.join(sorted(keys))}"
+    if name not in METHODS:
+        raise InputError(
+            f"expected a method that exports ({', '.join(METHODS)}), got {name}; name the folder of such a run"
+        )
+    return METHODS[name]
 
 
-def _section(cls: type[T], sections: dict[str, Any], name: str) -> T:
-    values = dict(sections.get(name) or {})
+def _section(cls: type[T], sections: dict[str, Any], name: str, changes: dict[str, Any] | None = None) -> T:
+    values = {**(sections.get(name) or {}), **(changes or {})}
     known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
     if unknown := set(values) - known:
         raise InputError(
             f"expected the fields {', '.join(sorted(known))} in section {name} of {CONFIG}, got also "
             f"{', '.join(sorted(unknown))}; was it written by another version?"
         )
-    if values.get("targets") is not None:
-        values["targets"] = CommaList.parse(values["targets"])
-    return cls(**values)
+    return cls(**{k: PARSED[k](v) if k in PARSED and v is not None else v for k, v in values.items()})
+
+
+def rebuilt(model: Model, config: StudentConfig, checkpoint: Checkpoint) -> Denoiser:
+    """The student with the checkpoint's weights, the averaged ones where there are any."""
+    saved = checkpoint.tensors("student")
+    student = model.denoiser.student(config)
+    if config.kind == "full" and saved.keys() - student.state().keys():  # the recipe gave it a guidance input
+        student = model.denoiser.student(config, embed_guidance=True)
+    load_student(student, checkpoint)
+    return student
+
+
+def load_student(student: Denoiser, checkpoint: Checkpoint) -> None:
+    """Puts the checkpoint's weights into the student, and over them the average in `student.ema` if there is one."""
+    _copy(checkpoint.tensors("student"), student.state(), checkpoint)
+    if average := checkpoint.tensors("student.ema"):
+        _copy(average, {name: p.data for name, p in student.named_trainable().items()}, checkpoint)
 
 
 @torch.no_grad()
-def load_student(student: Denoiser, checkpoint: Checkpoint) -> None:
-    """Puts the checkpoint's weights into the student: the average in `student.ema` if there is one, else `student`."""
-    saved = checkpoint.tensors("student.ema") or checkpoint.tensors("student")
-    named = student.named_trainable()
-    if saved.keys() != named.keys():
-        odd = sorted(saved.keys() ^ named.keys())
+def _copy(saved: Mapping[str, Tensor], live: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:
+    if saved.keys() != live.keys():
+        odd = sorted(saved.keys() ^ live.keys())
         raise InputError(
-            f"expected the {len(named)} tensors of this student in {checkpoint.path}, got {len(saved)}; {len(odd)} are in one "
+            f"expected the {len(live)} tensors of this student in {checkpoint.path}, got {len(saved)}; {len(odd)} are in one "
             f"only, first {odd[0]}; do `student` and `teacher` in {CONFIG} belong to this checkpoint?"
         )
-    for name, parameter in named.items():
-        if saved[name].shape != parameter.shape:
+    for name, tensor in live.items():
+        if saved[name].shape != tensor.shape:
             raise InputError(
-                f"expected {name} of shape {tuple(parameter.shape)} in {checkpoint.path}, got {tuple(saved[name].shape)}; "
-                f"is the rank in {CONFIG} the one of this checkpoint?"
+                f"expected {name} of shape {tuple(tensor.shape)} in {checkpoint.path}, got {tuple(saved[name].shape)}; is the "
+                f"rank in {CONFIG} the one of this checkpoint?"
             )
-        parameter.copy_(saved[name])
+        tensor.copy_(saved[name])

@@ -13,6 +13,7 @@ from ..methods.lcm import LCMConfig
 
 LCM_SIGMA_DATA = 0.5  # LCMScheduler's, which no config field of it changes
 STEPS = (1, 2, 4, 8)
+GUIDANCE = 8.0  # of a student that is told it, where its training reaches so far
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Sampling:
         default_steps: the one that examples use.
         timesteps: step count -> native timesteps that the scheduler visits.
         guidance_scale: what the pipeline is called with; 1.0 means no classifier-free guidance.
+        guidance_range: what it may be called with, for a student that is told it; None for one that is not.
         trained: what the method was configured with.
     """
 
@@ -35,16 +37,20 @@ class Sampling:
     default_steps: int
     timesteps: dict[str, list[int]]
     guidance_scale: float
+    guidance_range: tuple[float, float] | None
     trained: dict[str, Any]
 
 
-def sampling(method: LCMConfig, model: Model) -> Sampling:
-    """The sampling of a student trained by `method` from `model`."""
-    return lcm_sampling(method, model)
+def sampling(method: LCMConfig, model: Model, takes_guidance: bool = False) -> Sampling:
+    """The sampling of a student trained by `method` from `model`; `takes_guidance` as its :class:`Denoiser` has it."""
+    return lcm_sampling(method, model, takes_guidance)
 
 
-def lcm_sampling(method: LCMConfig, model: Model) -> Sampling:
-    """LCMScheduler on the grid of the training (arXiv 2310.04378), without guidance, which the student has learned.
+def lcm_sampling(method: LCMConfig, model: Model, takes_guidance: bool = False) -> Sampling:
+    """LCMScheduler on the grid of the training (arXiv 2310.04378), without classifier-free guidance.
+
+    The student has learned that: an adapter all of the range it was trained on at once, one with a guidance input whichever
+    scale of the range it is given.
 
     Raises InputError where LCMScheduler can't sample what is trained; call it before the training to know in time.
     """
@@ -64,7 +70,9 @@ def lcm_sampling(method: LCMConfig, model: Model) -> Sampling:
             raise InputError(
                 f"LCMScheduler visits {off} at {count} steps, which num_ddim_timesteps did not train; use 50"
             )
-    return Sampling("lcm", scheduler, steps, min(4, steps[-1]), timesteps, 1.0, asdict(method))
+    reach = (method.w_min + 1.0, method.w_max + 1.0) if takes_guidance else None
+    scale = min(max(GUIDANCE, reach[0]), reach[1]) if reach else 1.0
+    return Sampling("lcm", scheduler, steps, min(4, steps[-1]), timesteps, scale, reach, asdict(method))
 
 
 def _grid(points: int, levels: int) -> list[int]:

@@ -1,94 +1,77 @@
 """Every export is loaded back by stock Diffusers and compared with the student it came from, or it does not count.
 
 Four comparisons, from the cheapest to the one that matters: the file's tensors, the modules that the loader filled, the
-strength in each, and the output of the network on the same latents, timestep and embeddings, without autocast.
+strength in each, and the output of the network on the same inputs, without autocast. One path for all kinds of
+:class:`~.part.Part`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
-import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..batch import Cond, move
-from ..families import Model, TeacherConfig, load
+from ..errors import ExportError
+from ..families import Model
 from ..networks.denoiser import Denoiser
 from .config import Verify
-from .lora import WEIGHTS, adapter_of
+from .part import Part
 
-GUEST = "export_check"
-HALF_TOLERANCE = (
-    0.02  # of the largest output: PEFT computes B A in the adapter's dtype, so half precision rounds on its way
-)
+GUIDANCES = (2.0, 8.0)  # at which a student that is told its guidance is compared
 SHOWN = 5  # names in a message
 
 
-class ExportError(RuntimeError):
-    """An export that does not load back as what was trained; the message says how far off it is and where."""
+def verify(part: Part, folder: str | Path, how: Verify = "shared") -> None:
+    """Loads what `part` saved in `folder` through stock Diffusers and compares it with the student.
 
-
-def verify(folder: str | Path, model: Model, student: Denoiser, teacher: TeacherConfig, how: Verify = "shared") -> None:
-    """Loads the adapter in `folder` through the stock pipeline's `load_lora_weights` and compares it with `student`.
-
-    Outputs must be equal to the bit. Where the file or the base is in half precision, so that the adapter is rounded on its
+    Outputs must be equal to the bit. Where the file or the base is in half precision, so that weights are rounded on their
     way, the student is rounded in the same way for the comparison.
 
     Args:
-        folder: holds pytorch_lora_weights.safetensors.
-        model: the teacher that the student shares its weights with.
-        teacher: where those weights came from, for "full".
-        how: "shared" adds the adapter to the student's own module and takes it off again, which leaves no trace;
-            "full" opens the base anew, so that it also sees weights that changed in memory; "none" does nothing.
+        part: what was saved; it knows the student and how to open it.
+        folder: where it lies.
+        how: "shared" adds an adapter to the student's own module and takes it off again, which leaves no trace; "full"
+            opens its base anew, so that it also sees weights that changed in memory; "none" does nothing. A full student
+            has no base: it is opened anew either way.
 
     Raises:
         ExportError: for a missing or unexpected tensor or module, another strength, or another output.
     """
     if how == "none":
         return
-    adapters, name = adapter_of(student)
-    student = copy.copy(student)
-    student.net = student.module  # no wrapper: one process of several may be alone here
-    pipeline: Any = model.pipeline(student)
-    prefix = component(pipeline)
-    saved = _compare_tensors(Path(folder), {f"{prefix}.{k}": p for k, p in adapters.parameters(name).items()})
-    inputs = probe(model)
-    if how == "shared":
-        with _as_sampled(student), adapters.guest(GUEST, lambda: _load(pipeline, folder)):
-            found, loaded, dtype = student.call(*inputs), adapters.scalings(GUEST), _dtype(student, GUEST)
-    else:
-        fresh = load(teacher, dtype=_dtype(student)).to(inputs[0].device)
-        _load(fresh.pipeline(), folder)
-        with _as_sampled(fresh.denoiser):
-            found, loaded, dtype = (
-                fresh.denoiser.call(*inputs),
-                _scalings(fresh.denoiser),
-                _dtype(fresh.denoiser, GUEST),
-            )
-    _compare_scalings(loaded, adapters.scalings(name))
-    with _as_sampled(student), _rounded(adapters.parameters(name).values(), saved, dtype):
-        _compare_outputs(found, student.output(*inputs))
+    saved = _compare_tensors(part, Path(folder))
+    inputs = probes(part.model, part.student)
+    with part.opened(Path(folder), how) as loaded, _as_sampled(loaded.network):
+        found = [loaded.network.call(*given) for given in inputs]
+    _compare_strengths(loaded.strengths, part.strengths)
+    with _as_sampled(part.student), _rounded(part.trained.values(), saved, loaded.dtype):
+        for output, given in zip(found, inputs, strict=True):
+            _compare_outputs(output, part.student.output(*given))
+    if part.source is not None:
+        with _as_sampled(part.student), _as_sampled(part.source):
+            for given in inputs:
+                _compare_merged(part.student.output(*given), part.source.output(*given), part.model.denoiser.module)
 
 
-def component(pipeline: Any) -> str:
-    """The part of a stock pipeline that a denoiser's adapter is loaded into: "unet" or "transformer"."""
-    return "transformer" if "transformer" in pipeline.components else "unet"
+def probes(model: Model, student: Denoiser) -> list[tuple[Tensor, Tensor, Cond]]:
+    """(x_t [2, C, H, W], t [2], cond), the same inputs each time: one at the noisy end and one in the middle.
 
-
-def probe(model: Model) -> tuple[Tensor, Tensor, Cond]:
-    """(x_t [2, C, H, W], t [2], cond): the same inputs each time, one at the noisy end and one in the middle."""
-    parameter = next(model.denoiser.module.parameters())
+    One entry, or for a student that is told its guidance one for each of `GUIDANCES`.
+    """
+    device = next(student.module.parameters()).device
     draws = torch.Generator().manual_seed(0)
-    x_t = torch.randn((2, *model.latent_shape), generator=draws).to(parameter.device)
-    grid = model.denoiser.schedule.grid(50)
-    return x_t, grid[[0, 25]], move(model.encode_prompts(["a", "another one"]), parameter.device)
+    x_t = torch.randn((2, *model.latent_shape), generator=draws).to(device)
+    t = student.schedule.grid(50)[[0, 25]]
+    cond = move(model.conditions(model.examples), device)
+    if not student.takes_guidance:
+        return [(x_t, t, cond)]
+    return [(x_t, t, {**cond, "guidance": torch.full((2,), scale)}) for scale in GUIDANCES]
 
 
 @contextlib.contextmanager
@@ -104,48 +87,17 @@ def _as_sampled(network: Denoiser) -> Iterator[None]:
         module.train(training)
 
 
-def _dtype(network: Denoiser, adapter: str | None = None) -> torch.dtype:
-    """The dtype of the base's weights, or of an adapter's."""
-    named = network.module.named_parameters()
-    return next(p for n, p in named if (f".{adapter}." in n if adapter else "lora_" not in n)).dtype
-
-
 @contextlib.contextmanager
-def _rounded(parameters: Iterable[nn.Parameter], saved: torch.dtype, loaded: torch.dtype) -> Iterator[None]:
-    """Within it the parameters are what a file in `saved` makes of them in a module that holds them in `loaded`."""
-    trained = [(p, p.data) for p in parameters]
+def _rounded(tensors: Iterable[Tensor], saved: torch.dtype, loaded: torch.dtype) -> Iterator[None]:
+    """Within it the tensors are what a file in `saved` makes of them in a module that holds them in `loaded`."""
+    trained = [(t, t.data) for t in tensors if t.is_floating_point()]
     try:
-        for parameter, data in trained:
-            parameter.data = data.to(saved).to(loaded)
+        for tensor, data in trained:
+            tensor.data = data.to(saved).to(loaded)
         yield
     finally:
-        for parameter, data in trained:
-            parameter.data = data
-
-
-class _NoTextEncoderKeys(logging.Filter):
-    """Drops the loader's one line about an adapter that has nothing for the text encoder."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith("No LoRA keys associated to")
-
-
-def _load(pipeline: Any, folder: str | Path) -> None:
-    logger, quiet = logging.getLogger("diffusers.loaders.lora_base"), _NoTextEncoderKeys()
-    logger.addFilter(quiet)
-    try:
-        pipeline.load_lora_weights(str(folder), adapter_name=GUEST)
-    except (ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise ExportError(f"Diffusers does not load the adapter in {folder}: {error}") from error
-    finally:
-        logger.removeFilter(quiet)
-
-
-def _scalings(network: Denoiser) -> dict[str, float]:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    layers = {n: m for n, m in network.module.named_modules() if isinstance(m, BaseTunerLayer)}
-    return {n: float(m.scaling[GUEST]) for n, m in layers.items() if GUEST in m.scaling}
+        for tensor, data in trained:
+            tensor.data = data
 
 
 def _some(names: Any) -> str:
@@ -163,29 +115,40 @@ def _compare_names(what: str, found: set[str], expected: set[str]) -> None:
         raise ExportError(f"the export has {len(extra)} {what} that were not trained: {_some(extra)}")
 
 
-def _compare_tensors(folder: Path, trained: dict[str, Any]) -> torch.dtype:
-    """The file's dtype, when each of its tensors is the trained one in it."""
-    try:
-        saved = load_file(folder / WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise ExportError(f"expected an adapter in {folder / WEIGHTS}, got: {error}") from error
-    _compare_names("tensors", set(saved), set(trained))
+def _compare_tensors(part: Part, folder: Path) -> torch.dtype:
+    """The dtype of what was saved, when each of its tensors is the trained one in it."""
+    found: set[str] = set()
+    shapes: list[str] = []
     off: dict[str, float] = {}
-    for key, value in saved.items():
-        weight = trained[key].detach().cpu().to(value.dtype)
-        if value.shape != weight.shape:
-            raise ExportError(f"{key} has shape {tuple(value.shape)} in the export, {tuple(weight.shape)} in training")
-        if not torch.equal(value, weight):
-            off[key] = (value.double() - weight.double()).abs().max().item()
+    dtypes: set[torch.dtype] = set()
+    try:
+        for name, value in part.written(folder):
+            found.add(name)
+            if name not in part.trained:
+                continue
+            weight = part.trained[name].detach().cpu().to(value.dtype)
+            if value.is_floating_point():
+                dtypes.add(value.dtype)
+            if value.shape != weight.shape:
+                shapes.append(f"{name} is {tuple(value.shape)} in the export, {tuple(weight.shape)} in training")
+            elif not torch.equal(value, weight):
+                off[name] = (value.double() - weight.double()).abs().max().item()
+    except (OSError, SafetensorError) as error:
+        raise ExportError(f"expected weights in {folder / part.name}, got: {error}") from error
+    _compare_names("tensors", found, set(part.trained))
+    if shapes:
+        raise ExportError(f"{len(shapes)} of {len(found)} tensors have another shape: {_some(shapes)}")
     if off:
         raise ExportError(
-            f"{len(off)} of {len(saved)} tensors of the export differ from the trained ones, by up to "
+            f"{len(off)} of {len(found)} tensors of the export differ from the trained ones, by up to "
             f"{max(off.values()):.3g}: {_some(off)}"
         )
-    return next(iter(saved.values())).dtype
+    if len(dtypes) != 1:
+        raise ExportError(f"expected weights of one dtype in {folder / part.name}, got {_some(map(str, dtypes))}")
+    return dtypes.pop()
 
 
-def _compare_scalings(loaded: dict[str, float], trained: dict[str, float]) -> None:
+def _compare_strengths(loaded: dict[str, float], trained: dict[str, float]) -> None:
     _compare_names("modules", set(loaded), set(trained))
     off = {n: f"{n} ({loaded[n]:g} instead of {trained[n]:g})" for n in trained if loaded[n] != trained[n]}
     if off:
@@ -196,7 +159,18 @@ def _compare_outputs(found: Tensor, expected: Tensor) -> None:
     if not torch.equal(found, expected):  # nan is unequal too
         difference = (found.double() - expected.double()).abs().max().item()
         raise ExportError(
-            f"the loaded adapter computes something else: outputs differ by up to {difference:.3g} where the largest "
+            f"the loaded student computes something else: outputs differ by up to {difference:.3g} where the largest "
             f"is {expected.abs().max().item():.3g}, though tensors, modules and strengths agree; is the base model another "
             "one, or were its weights changed?"
+        )
+
+
+def _compare_merged(found: Tensor, expected: Tensor, base: nn.Module) -> None:
+    """W + B A in one product or in two differs by rounding, in the base's dtype."""
+    dtype = next(base.parameters()).dtype
+    difference, largest = (found.double() - expected.double()).abs().max().item(), expected.abs().max().item()
+    if not difference <= torch.finfo(dtype).eps ** 0.5 * largest:
+        raise ExportError(
+            f"the adapter merged into the weights computes something else: outputs differ by up to {difference:.3g} where "
+            f"the largest is {largest:.3g}"
         )

@@ -3,6 +3,8 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import tiny_pipeline
+from tiny_pixels import tiny_pixels
+from tiny_sdxl import tiny_sdxl
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -17,3 +19,15 @@ def _one_thread():
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Stable Diffusion folder; tests don't write into it."""
     return tiny_pipeline(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="session")
+def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Stable Diffusion XL folder; tests don't write into it."""
+    return tiny_sdxl(tmp_path_factory.mktemp("sdxl"))
+
+
+@pytest.fixture(scope="session")
+def pixels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An unconditional DDPM folder; tests don't write into it."""
+    return tiny_pixels(tmp_path_factory.mktemp("pixels"))

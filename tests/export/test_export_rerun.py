@@ -1,23 +1,30 @@
 """`export RUN`: the student comes back from config.yaml and a checkpoint, or the message says what is missing."""
 
 import functools
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from students import ATTENTION, opened, student_of
+from students import ATTENTION, full_student_of, opened, student_of
 
+from stepdistill.batch import Batch
 from stepdistill.config import parse, write_config
 from stepdistill.errors import InputError
+from stepdistill.export import rerun
 from stepdistill.export.config import ExportConfig
 from stepdistill.export.lora import WEIGHTS
 from stepdistill.export.rerun import export_run
-from stepdistill.families import TeacherConfig
-from stepdistill.methods.lcm import LCMConfig
+from stepdistill.families import Model, TeacherConfig
+from stepdistill.methods.lcm import LCM, LCMConfig
 from stepdistill.networks.lora import StudentConfig
+from stepdistill.randomness import StepRandom
 from stepdistill.training.checkpoint import CheckpointStore
+from stepdistill.training.config import TrainConfig
+from stepdistill.training.trainer import Trainer
 
 
 @dataclass
@@ -116,7 +123,7 @@ def test_a_damaged_checkpoint_is_not_passed_over_in_silence(base: Path, run: Pat
         ("rank: 2", "rank: 3", r"of shape \(3, 8\).*rank in config.yaml"),
         ("rank: 2", "rank: 2\n  flavour: 1", "section student .*got also flavour"),
         ("to_q,", "", "expected the 48 tensors of this student .* 16 are in one only"),
-        ("w_max", "w_most", "method that exports .*LCMConfig.*w_most"),
+        ("w_max", "w_most", "method that exports .*LCM.*w_most"),
         ("method:", "methods:", "sections method"),
         ("teacher:", "teacher: [", "expected YAML"),
     ],
@@ -136,3 +143,88 @@ def test_a_folder_without_config_or_checkpoints_is_named(base: Path, tmp_path: P
     write_config(parse(Recipe, ["--teacher.path", str(base)]), tmp_path)
     with pytest.raises(InputError, match="train first"):
         export_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("LCM", None), ("Denoising", r"method that exports \(LCM\), got Denoising")]
+)
+def test_the_checkpoint_says_which_method_it_was(base: Path, run: Path, name: str, message: str | None) -> None:
+    CheckpointStore(run / "checkpoints").save(20, {"student": tensors(base, 20)}, {"run": {"method": name}})
+    if message is None:
+        export_run(run)
+        assert_exported(run, base, 20)
+    else:
+        with pytest.raises(InputError, match=message):
+            export_run(run)
+
+
+class Latents:
+    """Four latents with prompts."""
+
+    def __init__(self, model: Model) -> None:
+        self.x0 = torch.randn((4, *model.latent_shape), generator=torch.Generator().manual_seed(0))
+        self.cond = model.conditions(["a", "b", "c", "d"])
+        self.uncond = model.uncond(self.cond)
+
+    def __len__(self) -> int:
+        return 4
+
+    def batch(self, indices: Sequence[int], rng: StepRandom) -> Batch:
+        chosen = list(indices)
+        cond, uncond = ({k: v[chosen] for k, v in c.items()} for c in (self.cond, self.uncond))
+        return Batch(self.x0[chosen], cond, uncond, rng)
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_from_training_to_a_file(base: Path, tmp_path: Path, kind: str) -> None:
+    """What a training leaves behind is enough; the checkpoint names the method, and the average is what is exported."""
+    parsed = parse(Recipe, ["--teacher.path", str(base), "--student.kind", kind, "--student.rank", "2"])
+    model = opened(base)
+    student = model.denoiser.student(parsed.recipe.student, embed_guidance=True)
+    config = TrainConfig(max_train_steps=3, train_batch_size=2, learning_rate=1e-3, ema_decay=0.5, mixed_precision="no")
+    trainer = Trainer(config, tmp_path, parsed.yaml)
+    trainer.fit(LCM(parsed.recipe.method, student, model.denoiser), Latents(model))
+    trainer.close()
+    found = CheckpointStore(tmp_path / "checkpoints").find()
+    assert found is not None and found.state["run"]["method"] == "LCM"
+    assert not torch.equal(*(next(iter(found.tensors(n).values())) for n in ("student", "student.ema")))
+    export_run(tmp_path)
+    name, prefix = {"lora": (WEIGHTS, "unet."), "full": ("unet/diffusion_pytorch_model.safetensors", "")}[kind]
+    saved, trained = load_file(tmp_path / name), student.state()  # after a fit the student holds its average
+    assert saved.keys() == {prefix + n for n in trained}
+    assert all(torch.equal(saved[prefix + n], v) for n, v in trained.items())
+
+
+def test_both_formats_from_the_command_line_s_word(base: Path, run: Path) -> None:
+    export_run(run, export={"formats": "diffusers,kohya"})
+    assert_exported(run, base, 10)
+    assert (run / "lora_kohya.safetensors").is_file()
+    with pytest.raises(InputError, match=r"--export\.formats"):
+        export_run(run, export={"formats": "kohya"})
+
+
+@pytest.mark.parametrize("guidance", [True, False])
+@pytest.mark.parametrize("average", [True, False])
+def test_a_full_student_comes_back_with_its_average(base: Path, tmp_path: Path, guidance: bool, average: bool) -> None:
+    write_config(parse(Recipe, ["--teacher.path", str(base), "--student.kind", "full"]), tmp_path)
+    first, second = (full_student_of(opened(base), guidance, seed) for seed in (1, 2))
+    roles = {"student": first.state(), "target": second.state()}
+    if average:
+        roles["student.ema"] = {n: p.detach() for n, p in second.named_trainable().items()}
+    CheckpointStore(tmp_path / "checkpoints").save(5, roles, {})
+    export_run(tmp_path)
+    saved = load_file(tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
+    expected = (second if average else first).state()
+    assert saved.keys() == expected.keys()
+    assert all(torch.equal(saved[n], v) for n, v in expected.items())
+    info = json.loads((tmp_path / "stepdistill.json").read_text())
+    assert info["guidance_scale"] == (8.0 if guidance else 1.0)
+
+
+def test_a_run_is_uploaded_where_asked_and_checked_first(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = []
+    monkeypatch.setattr(rerun, "check_hub", lambda config, folder: steps.append(("check", config.push_to_hub, folder)))
+    monkeypatch.setattr(rerun, "push", lambda folder, config: steps.append(("push", (folder / WEIGHTS).is_file())))
+    monkeypatch.setattr(rerun, "load", lambda config, load=rerun.load: steps.append("load") or load(config))
+    export_run(run, export={"push_to_hub": True})
+    assert steps == [("check", True, run), "load", ("push", True)]

@@ -11,13 +11,14 @@ from students import look, opened, run_unet, student_of
 from tiny import tiny_pipeline
 
 from stepdistill.diffusion.prediction import read
-from stepdistill.errors import InputError
+from stepdistill.errors import ExportError, InputError
+from stepdistill.export import lora
 from stepdistill.export import student as student_module
-from stepdistill.export.card import loading_lines
 from stepdistill.export.config import ExportConfig
+from stepdistill.export.folder import ASIDE
+from stepdistill.export.lines import loading_lines
 from stepdistill.export.sampling import sampling
 from stepdistill.export.student import export_student
-from stepdistill.export.verify import ExportError
 from stepdistill.families import TeacherConfig
 from stepdistill.methods.lcm import LCM, LCMConfig
 
@@ -26,6 +27,10 @@ FILES = ["README.md", "pytorch_lora_weights.safetensors", "scheduler/scheduler_c
 
 def files(folder: Path) -> list[str]:
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+def facts_of(folder: Path) -> dict:
+    return json.loads((folder / "stepdistill.json").read_text())
 
 
 def exported(base: Path, folder: Path, method: LCMConfig | None = None, **config: str):
@@ -79,7 +84,7 @@ def test_the_facts_are_true(base: Path, tmp_path: Path) -> None:
     exported(base, tmp_path, LCMConfig(w_min=2.0, w_max=7.0), dtype="fp16")
     facts = json.loads((tmp_path / "stepdistill.json").read_text())
     weights = (tmp_path / "pytorch_lora_weights.safetensors").read_bytes()
-    assert facts["schema"] == 1
+    assert facts["schema"] == 2
     assert facts["method"] == "lcm"
     assert facts["steps"] == [1, 2, 4, 8]
     assert facts["timesteps"]["4"] == [999, 759, 499, 259]
@@ -87,8 +92,10 @@ def test_the_facts_are_true(base: Path, tmp_path: Path) -> None:
     assert (facts["trained"]["w_min"], facts["trained"]["w_max"]) == (2.0, 7.0)
     assert facts["base_model"]["path"] == str(base)
     assert (facts["student"]["rank"], facts["student"]["alpha"], facts["student"]["modules"]) == (4, 64, 79)
-    assert facts["weights"]["sha256"] == hashlib.sha256(weights).hexdigest()
+    assert facts["weights"]["files"] == {"pytorch_lora_weights.safetensors": hashlib.sha256(weights).hexdigest()}
     assert facts["weights"]["dtype"] == "fp16"
+    assert (facts["pipeline"], facts["takes"], facts["guidance_range"]) == ("StableDiffusionPipeline", "prompt", None)
+    assert facts["files"] == FILES
     assert set(facts["versions"]) == {"stepdistill", "torch", "diffusers", "peft"}
 
 
@@ -96,7 +103,7 @@ def test_the_card_s_code_runs_as_pasted(base: Path, tmp_path: Path) -> None:
     student = exported(base, tmp_path)
     card = (tmp_path / "README.md").read_text()
     code = card.split("```python\n")[1].split("```")[0]
-    assert code.strip() == loading_lines(tmp_path, str(base))
+    assert code.strip() == loading_lines(tmp_path, facts_of(tmp_path))
     scope: dict[str, object] = {}
     exec(code, scope)
     assert scope["image"].size == (32, 32)
@@ -105,12 +112,18 @@ def test_the_card_s_code_runs_as_pasted(base: Path, tmp_path: Path) -> None:
 
 
 def test_the_lines_name_revision_variant_and_autoencoder(base: Path, tmp_path: Path) -> None:
-    lines = loading_lines(tmp_path, TeacherConfig("org/model", revision="abc", variant="fp16", vae=str(base)))
-    assert 'from_pretrained("org/model", revision="abc", variant="fp16")' in lines
-    assert f'AutoencoderKL.from_pretrained("{base}", subfolder="vae")' in lines
+    exported(base, tmp_path)
+    info = facts_of(tmp_path)
+
+    def lines(**changes: object) -> str:
+        return loading_lines(tmp_path, {**info, "base_model": {**info["base_model"], **changes}})
+
+    hub = lines(path="org/model", revision="abc", variant="fp16", vae=str(base))
+    assert 'from_pretrained("org/model", revision="abc", variant="fp16")' in hub
+    assert f'AutoencoderKL.from_pretrained("{base}", subfolder="vae")' in hub
+    compile(hub, "card", "exec")
     (tmp_path / "model.safetensors").touch()
-    assert "from_single_file(" in loading_lines(tmp_path, str(tmp_path / "model.safetensors"))
-    compile(lines, "card", "exec")
+    assert "from_single_file(" in lines(path=str(tmp_path / "model.safetensors"))
 
 
 def test_the_card_has_front_matter_pictures_and_scores(base: Path, tmp_path: Path) -> None:
@@ -135,7 +148,7 @@ def test_a_failed_export_leaves_the_old_one_as_it_was(
 ) -> None:
     exported(base, tmp_path)
     before = {name: (tmp_path / name).read_bytes() for name in files(tmp_path)}
-    save = student_module.save_lora
+    save = lora.save_lora
 
     def wrong(student, folder, *rest):
         path = save(student, folder, *rest)
@@ -143,13 +156,27 @@ def test_a_failed_export_leaves_the_old_one_as_it_was(
             student.trainable()[0].add_(1.0)
         return path
 
-    monkeypatch.setattr(student_module, "save_lora", wrong)
+    monkeypatch.setattr(lora, "save_lora", wrong)
     with pytest.raises(ExportError, match="1 of 158 tensors"):
         exported(base, tmp_path)
     assert {name: (tmp_path / name).read_bytes() for name in files(tmp_path)} == before
     exported(base, tmp_path, verify="none")
     assert files(tmp_path) == FILES
     assert list(tmp_path.glob(".*")) == []
+
+
+def test_a_failed_export_after_a_kill_puts_the_old_one_back(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exported(base, tmp_path)
+    before = {name: (tmp_path / name).read_bytes() for name in files(tmp_path)}
+    (tmp_path / ASIDE).mkdir()
+    for name in ("stepdistill.json", "README.md", "pytorch_lora_weights.safetensors"):  # killed while it was replaced
+        (tmp_path / name).rename(tmp_path / ASIDE / name)
+    monkeypatch.setattr(student_module, "write_card", lambda *_: pytest.fail("as far as that"))
+    with pytest.raises(pytest.fail.Exception):
+        exported(base, tmp_path)
+    assert {name: (tmp_path / name).read_bytes() for name in files(tmp_path)} == before
 
 
 def test_a_folder_that_is_a_file_is_named(base: Path, tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from students import log_lines, look, opened, run_unet, student_of
 from torch import Tensor
 
-from stepdistill.export.lora import METADATA_KEY, WEIGHTS, save_lora
-from stepdistill.export.verify import ExportError, verify
+from stepdistill.errors import ExportError
+from stepdistill.export.lora import METADATA_KEY, WEIGHTS, AdapterFile, diffusers_layout, save_lora
+from stepdistill.export.verify import verify
 from stepdistill.families import Model, TeacherConfig
 from stepdistill.networks.denoiser import Denoiser
 
@@ -22,6 +23,10 @@ def ready(base: Path) -> tuple[Model, Denoiser]:
     """A model and its student at rank 4, alpha 64, for tests that change the file alone."""
     model = opened(base)
     return model, student_of(model, 4, 64)
+
+
+def adapter(model: Model, student: Denoiser, base: Path) -> AdapterFile:
+    return AdapterFile(model, student, TeacherConfig(str(base)), diffusers_layout())
 
 
 Change = Callable[[dict[str, Tensor], dict[str, object]], None]
@@ -81,7 +86,7 @@ CHANGES: list[tuple[Change, str]] = [
     (a_tensor_off, r"1 of 158 tensors .* by up to 0\.25"),
     (a_module_missing, r"2 of 158 trained tensors are missing.*mid_block\.resnets\.0\.conv1"),
     (a_module_more, r"2 tensors that were not trained.*conv_in"),
-    (another_shape, r"has shape \(8, .* in the export, \(4, "),
+    (another_shape, r"1 of 158 tensors .* is \(8, .* in the export, \(4, "),
     (renamed_attention, r"of 158 trained tensors are missing"),
     (another_alpha, r"79 of 79 modules load at another strength.*\(1 instead of 16\)"),
     (no_metadata, r"79 of 79 modules load at another strength.*\(1 instead of 16\)"),
@@ -98,10 +103,10 @@ def test_a_tampered_file_is_an_error_that_says_what_is_wrong(
     rewrite(tmp_path, change)
     before = look(student)
     with pytest.raises(ExportError, match=message):
-        verify(tmp_path, model, student, TeacherConfig(str(base)))
+        verify(adapter(model, student, base), tmp_path)
     assert torch.equal(look(student), before)
     assert list(student.module.peft_config) == ["student"]
-    verify(tmp_path, model, student, TeacherConfig(str(base)), "none")
+    verify(adapter(model, student, base), tmp_path, "none")
 
 
 @pytest.mark.parametrize("how", ["shared", "full"])
@@ -116,7 +121,7 @@ def test_a_good_export_passes_in_silence(
     student = student_of(model, 4, 64)
     save_lora(student, tmp_path, file_dtype)
     with log_lines() as lines:
-        verify(tmp_path, model, student, TeacherConfig(str(base)), how)
+        verify(adapter(model, student, base), tmp_path, how)
     assert lines == []
 
 
@@ -140,7 +145,7 @@ def test_the_check_leaves_no_trace(base: Path, tmp_path: Path) -> None:
     for resting in ("student", None):
         with student.adapters.use(resting):
             before, output = state(), run_unet(module)
-            verify(tmp_path, model, student, TeacherConfig(str(base)))
+            verify(adapter(model, student, base), tmp_path)
             assert state() == before
             assert torch.equal(run_unet(module), output)
 
@@ -151,12 +156,12 @@ def test_the_check_sees_past_the_rounding_of_an_autocast_around_it(base: Path, t
     save_lora(student, tmp_path)
     weight = student.module.conv_out.weight
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        verify(tmp_path, model, student, TeacherConfig(str(base)), "full")
+        verify(adapter(model, student, base), tmp_path, "full")
         rounded = weight.bfloat16()
         weight.mul_(1 + 1e-6)
         assert torch.equal(weight.bfloat16(), rounded)
         with pytest.raises(ExportError, match="computes something else"):
-            verify(tmp_path, model, student, TeacherConfig(str(base)), "full")
+            verify(adapter(model, student, base), tmp_path, "full")
 
 
 def test_a_base_that_changed_in_memory_is_seen_by_the_full_check(base: Path, tmp_path: Path) -> None:
@@ -165,9 +170,9 @@ def test_a_base_that_changed_in_memory_is_seen_by_the_full_check(base: Path, tmp
     with torch.no_grad():
         student.module.conv_in.weight.add_(0.01)
     save_lora(student, tmp_path)
-    verify(tmp_path, model, student, TeacherConfig(str(base)), "shared")
+    verify(adapter(model, student, base), tmp_path, "shared")
     with pytest.raises(ExportError, match="computes something else.*differ by up to"):
-        verify(tmp_path, model, student, TeacherConfig(str(base)), "full")
+        verify(adapter(model, student, base), tmp_path, "full")
 
 
 @pytest.mark.parametrize("damage", [b"", b"not safetensors at all"])
@@ -175,9 +180,9 @@ def test_a_damaged_file_is_named(base: Path, ready: tuple[Model, Denoiser], tmp_
     model, student = ready
     (tmp_path / WEIGHTS).write_bytes(damage)
     with pytest.raises(ExportError, match=WEIGHTS):
-        verify(tmp_path, model, student, TeacherConfig(str(base)))
+        verify(adapter(model, student, base), tmp_path)
 
 
 def test_a_missing_file_is_named(base: Path, ready: tuple[Model, Denoiser], tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=WEIGHTS):
-        verify(tmp_path, *ready, TeacherConfig(str(base)))
+        verify(adapter(*ready, base), tmp_path)

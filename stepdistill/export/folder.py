@@ -1,0 +1,72 @@
+"""A finished export goes into its folder as a whole: after a kill or a full disk the old one is there, or the new one.
+
+The files are several, and no system renames several at once. So what is replaced is set aside first, stepdistill.json before
+all else; the new one is put in place last. Whoever finds files set aside and no stepdistill.json puts them back.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+FACTS = "stepdistill.json"
+TEMP, ASIDE = ".exporting", ".replaced"
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """stepdistill.json of an export; {} where there is none that can be read."""
+    try:
+        found = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def commit(source: Path, folder: Path) -> None:
+    """Moves all that is in `source` to its place in `folder`; OSError where that can't be, and `folder` is as it was.
+
+    Files of the older export that the new one does not have, such as the adapter of a student that is now a full one, go:
+    beside the new card they would mislead. All else stays.
+    """
+    new, aside, placed = [p.name for p in source.iterdir()], folder / ASIDE, []
+    gone = {Path(file).parts[0] for file in read_facts(folder).get("files", [])} - {"..", "/"}
+    aside.mkdir()
+    try:
+        for name in _facts_first({*new, *gone}):
+            if (folder / name).exists():
+                (folder / name).rename(aside / name)
+        for name in reversed(_facts_first(new)):
+            (source / name).rename(folder / name)
+            placed.append(name)
+    except OSError:
+        for name in placed:
+            (folder / name).rename(source / name)
+        put_back(folder)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def put_back(folder: Path) -> None:
+    """Ends what a kill left half done: the older export comes back, unless the new one is all in place."""
+    aside = folder / ASIDE
+    if not aside.is_dir():
+        return
+    if not (folder / FACTS).exists():
+        for name in reversed(_facts_first(p.name for p in aside.iterdir())):
+            _remove(folder / name)
+            (aside / name).rename(folder / name)
+    shutil.rmtree(aside)
+
+
+def _facts_first(names: Iterable[str]) -> list[str]:
+    return sorted(set(names), key=lambda name: (name != FACTS, name))
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
