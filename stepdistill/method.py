@@ -77,7 +77,7 @@ class Method(ABC):
         return (Phase(("student",), self.training_step),)
 
     def after_step(self) -> None:
-        """Called once after all phases of a step: target EMA, curricula."""
+        """Called once after all phases of a step: target EMA, curricula. Not after a step of which a phase was skipped."""
 
     def next_round(self) -> bool:
         """Called at the end of each round; True if there is another (the optimizer is then made afresh)."""

@@ -1,12 +1,17 @@
-"""For all tests: one thread (small tensors lose to threads), no network, caches and hub lookups in a temporary place."""
+"""For all tests: one thread (small tensors lose to threads), no network, caches in a temporary place, signals as they were."""
 
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import signal
+from collections.abc import Iterator
+
 import pytest
 import torch
+
+from stepdistill.training.stopping import Stop
 
 torch.set_num_threads(1)
 
@@ -18,3 +23,14 @@ def own_cache(tmp_path_factory):
     patch.setenv("STEPDISTILL_CACHE", str(tmp_path_factory.mktemp("cache")))
     yield
     patch.undo()
+
+
+@pytest.fixture(autouse=True)
+def own_signals() -> Iterator[None]:
+    """SIGINT is not ignored, as in a shell's background job, and each test gives back the signals that its Trainer took."""
+    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    if Stop._installed is not None:
+        Stop._installed.close()
+    signal.signal(signal.SIGINT, before)

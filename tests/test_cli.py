@@ -3,13 +3,14 @@
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 
 import pytest
 
-from stepdistill import cli
-from stepdistill.errors import InputError
+from stepdistill import cli, doctor
+from stepdistill.config import run as run_recipe
+from stepdistill.errors import ExportError, InputError
 from stepdistill.export import config, rerun
-from stepdistill.export.verify import ExportError
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -26,11 +27,12 @@ def test_help_is_quick_and_lists_the_commands_that_exist() -> None:
         times.append(time.perf_counter() - start)
     assert done.returncode == 0
     assert "export" in done.stdout
+    assert "doctor" in done.stdout
     assert "bench" not in done.stdout
     assert min(times) < 1.0
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["export", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["export", "--help"], ["doctor", "--help"]])
 def test_help_imports_no_torch(arguments: list[str]) -> None:
     code = (
         "import sys; from stepdistill import cli\n"
@@ -44,11 +46,24 @@ def test_help_imports_no_torch(arguments: list[str]) -> None:
 
 def test_the_options_of_export() -> None:
     text = run("export", "--help").stdout
-    for option in ("RUN", "--output_dir", "--checkpoint", "--teacher.path", "--export.dtype", "--export.verify"):
+    for option in ("RUN", "--output_dir", "--checkpoint", "--teacher.path"):
         assert option in text
+    for option in ("dtype", "verify", "formats", "push_to_hub", "hub_model_id", "hub_private_repo"):
+        assert f"--export.{option}" in text
+    assert "token" not in text
 
 
-@pytest.mark.parametrize("arguments", [[], ["exprot"], ["export"], ["export", "x", "--export.verify", "maybe"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["exprot"],
+        ["export"],
+        ["export", "x", "--export.verify", "maybe"],
+        ["doctor", "out"],
+        ["doctor", "--output", "x"],
+    ],
+)
 def test_a_wrong_command_line_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main(arguments)
@@ -68,9 +83,18 @@ def test_options_go_where_they_belong(monkeypatch: pytest.MonkeyPatch, capsys: p
     cli.main(["export", "out/x"])
     options = ["--output_dir", "b", "--checkpoint", "7", "--teacher.path", "p"]
     cli.main(["export", "a", *options, "--export.dtype", "fp16", "--export.verify", "full"])
+    hub = ["--export.push_to_hub", "--export.hub_model_id", "x/y", "--export.hub_private_repo"]
+    cli.main(["export", "a", "--export.formats", "diffusers,kohya", *hub])
     assert calls == [
         ("out/x", None, "latest", {}, {}),
         ("a", "b", "7", {"path": "p"}, {"dtype": "fp16", "verify": "full"}),
+        (
+            "a",
+            None,
+            "latest",
+            {},
+            {"formats": "diffusers,kohya", "push_to_hub": True, "hub_model_id": "x/y", "hub_private_repo": True},
+        ),
     ]
     assert "exported to out/x" in capsys.readouterr().out
 
@@ -86,6 +110,40 @@ def test_errors_are_one_paragraph(
     monkeypatch.setattr(config, "read_config", lambda run: {})
     with pytest.raises(SystemExit) as stop:
         cli.main(["export", "out/x"])
+    assert stop.value.code == code
+    assert capsys.readouterr().err == f"error: {error}\n"
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_doctor_exits_with_what_it_found(code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def diagnose(*arguments: object) -> int:
+        calls.append(arguments)
+        return code
+
+    monkeypatch.setattr(doctor, "diagnose", diagnose)
+    for arguments in ([], ["--output_dir", "a", "--cache_dir", "b"]):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["doctor", *arguments])
+        assert stop.value.code == code
+    assert calls == [("out", None), ("a", "b")]
+
+
+@pytest.mark.parametrize(("error", "code"), [(InputError("expected a, got b; fix c"), 2), (ExportError("off by 3"), 1)])
+def test_recipes_end_in_one_paragraph_too(
+    error: Exception, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @dataclass
+    class Recipe:
+        """Nothing."""
+
+    def main(parsed: object) -> None:
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["recipe.py"])
+    with pytest.raises(SystemExit) as stop:
+        run_recipe(Recipe, main)
     assert stop.value.code == code
     assert capsys.readouterr().err == f"error: {error}\n"
 

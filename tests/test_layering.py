@@ -17,7 +17,7 @@ FLOORS = {
     "networks": 1, "families": 1, "data": 1,
     "methods": 2, "kd": 2,
     "training": 3,
-    "export": 4, "bench": 4, "demo": 4, "cli": 4,
+    "export": 4, "bench": 4, "demo": 4, "cli": 4, "doctor": 4,
 }  # fmt: skip
 ROOT = ("method", "batch", "randomness", "errors", "config")  # everything speaks these
 # single modules that stand lower than their folder: a drawn world is data, and its judge a network

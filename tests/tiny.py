@@ -12,23 +12,28 @@ from PIL import Image
 
 RESOLUTION = 32
 LENGTH = 24  # tokens of a prompt; one letter is one token
+TABLE = {
+    "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000,
+    "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1,
+}  # fmt: skip
 CHARACTERS = string.ascii_lowercase + string.digits + ",.'-"
 
 
-def _unet() -> Any:
+def _unet(**changes: Any) -> Any:
     """Every kind of module that LCM-LoRA adapts is there: two levels, attention in one, a skip with a shortcut."""
     from diffusers import UNet2DConditionModel
 
-    return UNet2DConditionModel(
-        sample_size=RESOLUTION // 8,
-        block_out_channels=(8, 16),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=1,
-        norm_num_groups=4,
-        attention_head_dim=2,
-        cross_attention_dim=16,
-    )
+    options = {
+        "sample_size": RESOLUTION // 8,
+        "block_out_channels": (8, 16),
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "attention_head_dim": 2,
+        "cross_attention_dim": 16,
+    }
+    return UNet2DConditionModel(**{**options, **changes})
 
 
 def _vae() -> Any:
@@ -45,17 +50,23 @@ def _vae() -> Any:
     )
 
 
-def _text() -> tuple[Any, Any]:
-    """(text encoder, tokenizer): CLIP's, with the letters, digits and a few signs as vocabulary."""
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+def _text(width: int = 16, projection: int | None = None, **tokens: Any) -> tuple[Any, Any]:
+    """(text encoder, tokenizer): CLIP's, with the letters, digits and a few signs as vocabulary.
+
+    Args:
+        width: of its states.
+        projection: of the pooled text that it projects, where it does.
+        tokens: further arguments of the tokenizer, e.g. pad_token.
+    """
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
     words = [*CHARACTERS, *(c + "</w>" for c in CHARACTERS), "<|startoftext|>", "<|endoftext|>"]
-    tokenizer = CLIPTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=[], model_max_length=LENGTH)
+    tokenizer = CLIPTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=[], model_max_length=LENGTH, **tokens)
     config = CLIPTextConfig(
         vocab_size=len(words),
-        hidden_size=16,
-        intermediate_size=32,
-        projection_dim=16,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        projection_dim=projection or width,
         num_hidden_layers=2,
         num_attention_heads=2,
         max_position_embeddings=LENGTH,
@@ -63,7 +74,7 @@ def _text() -> tuple[Any, Any]:
         eos_token_id=len(words) - 1,
         pad_token_id=len(words) - 1,
     )
-    return CLIPTextModel(config), tokenizer
+    return (CLIPTextModel if projection is None else CLIPTextModelWithProjection)(config), tokenizer
 
 
 def tiny_pipeline(folder: str | Path, *, prediction_type: str = "epsilon", seed: int = 0, **scheduler: Any) -> Path:
@@ -77,10 +88,6 @@ def tiny_pipeline(folder: str | Path, *, prediction_type: str = "epsilon", seed:
     """
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
-    table = {
-        "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000,
-        "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1, "prediction_type": prediction_type,
-    }  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         unet, vae, (text_encoder, tokenizer) = _unet(), _vae(), _text()
@@ -89,7 +96,7 @@ def tiny_pipeline(folder: str | Path, *, prediction_type: str = "epsilon", seed:
         vae=vae,
         text_encoder=text_encoder,
         tokenizer=tokenizer,
-        scheduler=DDIMScheduler(**{**table, **scheduler}),
+        scheduler=DDIMScheduler(**{**TABLE, "prediction_type": prediction_type, **scheduler}),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

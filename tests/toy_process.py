@@ -1,7 +1,9 @@
 """Runs that need processes of their own: `python toy_process.py MODE FOLDER`, from the tests of the loop.
 
-kills, kills_sd    the same run twice, in FOLDER/whole and, killed with -9 again and again, in FOLDER/killed
+kills, kills_in_saves, kills_sd    the same run twice, in FOLDER/whole and, killed with -9 again and again, in FOLDER/killed
 ranks, ranks_sd    what each rank of a torchrun does; with one process, what they must agree with
+prepare, dawdle, validate    runs that take their time, to be stopped in FOLDER; "hurry" goes on with them
+full_disk          a run whose second checkpoint fails
 
 The _sd ones distil the tiny Stable Diffusion pipeline that lies in FOLDER/pipeline.
 """
@@ -24,12 +26,15 @@ from torch import nn
 from toys import Duel, Numbers, Regression, Uneven, options, sd_table, stopping_after
 
 from stepdistill.batch import Batch
+from stepdistill.errors import InputError
 from stepdistill.families.analytic import Gaussian, LinearStudent
 from stepdistill.method import Losses, Method
 from stepdistill.methods.lcm import LCM, LCMConfig
 from stepdistill.networks.lora import LoraSpec
 from stepdistill.networks.network import Network
 from stepdistill.randomness import StepRandom
+from stepdistill.training import checkpoint
+from stepdistill.training.checkpoint import CheckpointStore
 from stepdistill.training.optimization import NonFiniteError
 from stepdistill.training.trainer import Trainer
 
@@ -106,6 +111,7 @@ def life(run: Callable[[Path], None], folder: Path, kill_after: int | None, dela
         try:
             run(folder)
             code = 0
+            sys.stdout.flush()
         finally:
             os._exit(code)
     while kill_after is not None:
@@ -128,11 +134,11 @@ def import_for_all(*modules: str) -> None:
 
 
 def killed_and_whole(run: Callable[[Path], None], folder: Path) -> None:
-    """A run that is killed at six random moments before it may finish, and one that is not; prints the exit codes."""
+    """A run that is killed at ten random moments before it may finish, and one that is not; prints the exit codes."""
     import_for_all("accelerate")
     torch.optim.AdamW([torch.zeros(1)])  # which imports a compiler
     codes, chance = [], random.Random()
-    for rows in sorted(chance.sample(range(1, STEPS), 6)):
+    for rows in sorted(chance.sample(range(1, STEPS), 10)):
         codes.append(life(run, folder / "killed", rows, chance.uniform(0.0, 0.03)))
     codes.append(life(run, folder / "killed", None, 0.0))
     codes.append(life(run, folder / "whole", None, 0.0))
@@ -144,6 +150,55 @@ def kills(folder: Path) -> None:
     killed_and_whole(train_everything, folder)
 
 
+def die(*_: Any) -> None:
+    """kill -9 from within."""
+    sys.stdout.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kills_in_saves(folder: Path) -> None:
+    """Three lives that end within their second checkpoint, and two that don't; prints the exit codes."""
+    import_for_all("accelerate")
+
+    def in_a_file(saves: Saves) -> None:
+        real = checkpoint.save_file
+        checkpoint.save_file = lambda *args: (real(*args), saves.files.append(args), len(saves.files) == 9 and die())
+
+    def before_the_rename(saves: Saves) -> None:
+        real = CheckpointStore._commit
+        CheckpointStore._commit = lambda *args: die() if saves.count == 2 else real(*args)
+
+    def before_the_rotation(saves: Saves) -> None:
+        real = CheckpointStore._rotate
+        CheckpointStore._rotate = lambda *args: die() if saves.count == 2 else real(*args)
+
+    def dying(hook: Callable[[Saves], None]) -> Callable[[Path], None]:
+        def run(folder: Path) -> None:
+            hook(Saves())
+            train_everything(folder)
+
+        return run
+
+    hooks = (in_a_file, before_the_rename, before_the_rotation)
+    codes = [life(dying(hook), folder / "killed", None, 0.0) for hook in hooks]
+    codes += [life(train_everything, folder / name, None, 0.0) for name in ("killed", "whole")]
+    print(json.dumps({"codes": codes}))
+
+
+class Saves:
+    """Counts the checkpoints and the files that this process has begun to write."""
+
+    def __init__(self) -> None:
+        self.count, self.files = 0, []
+        real = checkpoint._write
+
+        def write(*args: Any) -> None:
+            self.count += 1
+            real(*args)
+
+        checkpoint._write = write
+
+
 def kills_stable_diffusion(folder: Path) -> None:
     """LCM-LoRA."""
     import_for_all("diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion", "peft")
@@ -151,11 +206,11 @@ def kills_stable_diffusion(folder: Path) -> None:
 
 
 class Poisoned(Regression):
-    """The samples of one half of the global batch have a NaN loss on step 3."""
+    """The micro-batch that begins in the middle of the global batch has a NaN loss on step 3."""
 
     def training_step(self, batch: Batch) -> Losses:
         losses = super().training_step(batch)
-        if self.step == 2 and max(batch.rng.positions) == 7:
+        if self.step == 2 and min(batch.rng.positions) == 4:
             losses.terms["regression"] = losses.terms["regression"] * torch.nan
         return losses
 
@@ -201,11 +256,11 @@ def linear_lcm() -> Method:
     return LCM(config, LinearStudent(grid, teacher.schedule).imitate(teacher), teacher)
 
 
-def fit_in(folder: Path, method: Method, data: Any = None, **changes: Any) -> None:
+def fit_in(folder: Path, method: Method, data: Any = None, on_validate: Any = None, **changes: Any) -> None:
     """A fit whose global batch is 8, whatever the number of processes."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    config = options(train_batch_size=8 // world, checkpointing_steps=4, **changes)
-    Trainer(config, folder).fit(method, data or Numbers())
+    config = options(**{"train_batch_size": 8 // world, "checkpointing_steps": 4, **changes})
+    Trainer(config, folder).fit(method, data or Numbers(), on_validate=on_validate)
 
 
 def ranks(folder: Path) -> None:
@@ -215,9 +270,12 @@ def ranks(folder: Path) -> None:
     fit_in(folder / "uneven", Uneven(), Numbers(count=20))
     fit_in(folder / "lcm", linear_lcm())
     fit_in(folder / "shared", Shared())
+    steps = 3 if "WORLD_SIZE" in os.environ else 6  # several processes begin it, one goes on
+    fit_in(folder / "moved", Regression(), ema_decay=0.9, max_train_steps=steps)
     ends = {}
     try:
-        fit_in(folder / "poisoned", Poisoned())
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        fit_in(folder / "poisoned", Poisoned(), train_batch_size=4 // world, gradient_accumulation_steps=2)
     except NonFiniteError as error:
         ends["poisoned"] = str(error)
     rank, method = int(os.environ.get("RANK", "0")), Regression()
@@ -244,9 +302,66 @@ def ranks_stable_diffusion(folder: Path) -> None:
     fit_in(folder / "lcm", method, data, learning_rate=1e-3, adam_epsilon=1e-2)
 
 
+def prepare(folder: Path) -> None:
+    """Before the fit, for a minute: as encoding images does."""
+    Trainer(options(), folder)
+    (folder / "ready").touch()
+    time.sleep(60.0)
+
+
+def dawdle(folder: Path, pause: float = 0.1) -> None:
+    """A run that saves nothing before its end; goes on where one is."""
+
+    class Slow(Everything):
+        def after_step(self) -> None:
+            super().after_step()
+            time.sleep(pause)
+            (folder / "ready").touch()
+
+    fit_in(
+        folder, Slow(), max_train_steps=STEPS, ema_decay=0.9, checkpointing_steps=100, resume_from_checkpoint="latest"
+    )
+
+
+def hurry(folder: Path) -> None:
+    """The same without pauses."""
+    dawdle(folder, pause=0.0)
+
+
+def validate(folder: Path) -> None:
+    """The same with a validation of a minute after step 5."""
+
+    def on_validate(_step: int) -> None:
+        (folder / "ready").touch()
+        time.sleep(60.0)
+
+    fit_in(folder, Everything(), on_validate=on_validate, max_train_steps=STEPS, ema_decay=0.9, validation_steps=5)
+
+
+def full_disk(folder: Path) -> None:
+    """The disk is full in the middle of the second checkpoint; writes how it ended, by rank."""
+    real, calls = checkpoint.save_file, [0]
+
+    def save_file(*args: Any) -> None:
+        calls[0] += 1
+        if calls[0] > 8:  # a checkpoint has six files
+            raise OSError(28, "No space left on device")
+        real(*args)
+
+    checkpoint.save_file = save_file
+    try:
+        fit_in(folder, Everything(), ema_decay=0.9)
+    except InputError as error:
+        (folder / f"ended-{os.environ.get('RANK', '0')}").write_text(str(error))
+
+
 def main() -> None:
     torch.set_num_threads(1)
-    modes = {"kills": kills, "kills_sd": kills_stable_diffusion, "ranks": ranks, "ranks_sd": ranks_stable_diffusion}
+    modes = {
+        "kills": kills, "kills_in_saves": kills_in_saves, "kills_sd": kills_stable_diffusion,
+        "ranks": ranks, "ranks_sd": ranks_stable_diffusion,
+        "prepare": prepare, "dawdle": dawdle, "hurry": hurry, "validate": validate, "full_disk": full_disk,
+    }  # fmt: skip
     modes[sys.argv[1]](Path(sys.argv[2]))
 
 

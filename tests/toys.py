@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.testing import assert_close
 
 from stepdistill.batch import Batch
 from stepdistill.diffusion.schedule import Tabulated
@@ -181,6 +182,15 @@ def saved(folder: Path, name: str = "") -> tuple[dict[str, Tensor], dict[str, An
     assert checkpoint is not None
     files = sorted(p.stem for p in checkpoint.path.glob("*.safetensors"))
     return {f"{f}/{n}": v for f in files for n, v in checkpoint.tensors(f).items()}, checkpoint.state
+
+
+def same(folder: Path, other: Path) -> None:
+    """The same bits in every tensor of the last checkpoint, the same state, the same metrics."""
+    (tensors, state), (wanted, wanted_state) = saved(folder), saved(other)
+    assert {"student/0.weight", "student.optimizer/state.0.exp_avg"} <= set(wanted) or any("lora" in n for n in wanted)
+    assert_close(tensors, wanted, **EXACT)
+    assert state == wanted_state
+    assert rows(folder) == rows(other)
 
 
 def weights(method: Method) -> dict[str, Tensor]:

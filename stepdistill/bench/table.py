@@ -158,7 +158,7 @@ class Results:
         attributes = [name for name in self.rows[0].accuracy if name != "all"] if self.rows else []
         head = ["model", "steps", "guidance", "evaluations", "Frechet distance", "vs teacher, same steps", "all right"]
         cells = [self._cells(row, attributes) for row in self.rows]
-        return "\n".join([*_aligned([*head, *attributes, "s / image", "N"], cells), "", *self._legend()]) + "\n"
+        return "\n".join([*aligned([*head, *attributes, "s / image", "N"], cells), "", *self._legend()]) + "\n"
 
     def _cells(self, row: Row, attributes: Sequence[str]) -> list[str]:
         level = self.floor(row.n)
@@ -189,7 +189,7 @@ class Results:
         return [f"- {line}" for line in [*lines, *self.notes]]
 
 
-def _aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """A Markdown table whose columns line up; the first column is text, the others are numbers, to the right."""
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
 

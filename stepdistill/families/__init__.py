@@ -6,15 +6,28 @@ from typing import TYPE_CHECKING
 
 from ..errors import InputError
 from .config import TeacherConfig
+from .loading import read_index, resolve
 from .model import Model
+from .pixels import Pixels
+from .sdxl import StableDiffusionXL
+from .unet import StableDiffusion
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = ["Model", "TeacherConfig", "load"]
 
-# pipeline class -> family file; the one place where families are listed
-TABLE = {"StableDiffusionPipeline": "unet", "StableDiffusionImg2ImgPipeline": "unet"}
+# the pipeline class that a checkpoint names -> its family; the one place where families are listed
+TABLE: dict[str, type[StableDiffusion] | type[StableDiffusionXL] | type[Pixels]] = {
+    "StableDiffusionPipeline": StableDiffusion,
+    "StableDiffusionImg2ImgPipeline": StableDiffusion,
+    "StableDiffusionInpaintPipeline": StableDiffusion,
+    "StableDiffusionXLPipeline": StableDiffusionXL,
+    "StableDiffusionXLImg2ImgPipeline": StableDiffusionXL,
+    "StableDiffusionXLInpaintPipeline": StableDiffusionXL,
+    "DDPMPipeline": Pixels,
+    "DDIMPipeline": Pixels,
+}
 
 
 def load(config: TeacherConfig, dtype: torch.dtype | None = None) -> Model:
@@ -22,21 +35,16 @@ def load(config: TeacherConfig, dtype: torch.dtype | None = None) -> Model:
 
     Args:
         config: path or hub id, revision, variant, another autoencoder.
-        dtype: of the frozen denoiser and text encoder, float32 by default; the autoencoder stays in float32.
+        dtype: of the frozen denoiser and text encoders, float32 by default; the autoencoder stays in float32.
 
     Raises InputError where nothing, no pipeline, or a pipeline of an unknown class is found.
     """
     import torch
 
-    from .loading import pipeline_class, resolve
-
     path = resolve(config.path)
-    name = pipeline_class(path, config)
+    name = read_index(path, config).get("_class_name", "nothing")
     if name not in TABLE:
         raise InputError(
-            f"expected a pipeline of class {' or '.join(sorted(TABLE))}, got {name} in {config.path!r}; "
-            "this family is not supported yet"
+            f"expected a pipeline of class {', '.join(TABLE)}, got {name} in {config.path!r}; this family is not supported yet"
         )
-    from .unet import StableDiffusion
-
-    return StableDiffusion.load(config, path, dtype or torch.float32)
+    return TABLE[name].load(config, path, dtype or torch.float32)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..batch import Cond
 from ..networks.denoiser import Denoiser
+from .fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -25,12 +25,30 @@ class Model(ABC):
         name: path or hub id, as model cards name it.
         resolution: the pixel size the checkpoint was made for.
         latent_shape: (C, H, W) of the denoiser's input at that resolution.
+        examples: two prompts that this model understands, for checks.
     """
 
     denoiser: Denoiser
     name: str
     resolution: int
     latent_shape: tuple[int, int, int]
+    examples: tuple[str, str] = ("a", "another one")
+
+    @property
+    @abstractmethod
+    def modules(self) -> tuple[nn.Module, ...]:
+        """All parts that have weights, the denoiser's first."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.modules[0].parameters()).device
+
+    def to(self, device: Any) -> Self:
+        """Moves all parts to a device; returns self."""
+        for module in self.modules:
+            module.to(device)
+        return self
 
     @abstractmethod
     def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,7 +60,7 @@ class Model(ABC):
 
     @abstractmethod
     def encode_prompts(self, prompts: Sequence[str]) -> Cond:
-        """Text conditions of B prompts, [B, ...] each, cacheable."""
+        """Text conditions of B prompts, [B, ...] each, cacheable; see :meth:`conditions` for all that there are."""
 
     @abstractmethod
     def uncond(self, cond: Cond) -> Cond:
@@ -53,6 +71,16 @@ class Model(ABC):
     ) -> Cond:
         """Conditions on image size for families that have them (SDXL's time ids); {} elsewhere."""
         return {}
+
+    def conditions(self, prompts: Sequence[str], size: tuple[int, int] | None = None) -> Cond:
+        """All that the denoiser is conditioned on for B prompts: text, and the size of images that were never cropped.
+
+        Args:
+            prompts: B of them.
+            size: (height, width) in pixels; the model's own by default.
+        """
+        sizes = [size or (self.resolution, self.resolution)] * len(prompts)
+        return {**self.encode_prompts(prompts), **self.size_cond(sizes, [(0, 0)] * len(prompts), sizes)}
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
@@ -71,14 +99,5 @@ class Model(ABC):
 
     def denoiser_fingerprint(self) -> str:
         """A hash of the denoiser's base weights and of how it is read, which decide the samples that it makes."""
-        digest = hashlib.blake2b(repr((type(self.denoiser).__name__, self.denoiser.predicts)).encode(), digest_size=16)
-        digest.update(self.denoiser.schedule.alpha(self.denoiser.schedule.grid(16)).numpy().tobytes())
-        for name, value in sorted(self.denoiser.module.state_dict().items()):
-            if "lora_" not in name:
-                digest.update(name.replace(".base_layer", "").encode())
-                digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()
-
-    @abstractmethod
-    def to(self, device: Any) -> Model:
-        """Moves all parts to a device; returns self."""
+        levels = self.denoiser.schedule.alpha(self.denoiser.schedule.grid(16)).tolist()
+        return fingerprint((type(self.denoiser).__name__, self.denoiser.predicts, levels), self.denoiser.module)

@@ -24,12 +24,18 @@ def from_scheduler(config: Mapping[str, Any]) -> tuple[NoiseSchedule, Kind]:
     """(schedule, kind) of any Diffusers DDPM, DDIM, Euler, DPM, PNDM, LCM, ... or flow-matching scheduler config.
 
     The table itself is computed by Diffusers (DDPMScheduler), zero-terminal-SNR rescale (arXiv 2305.08891) included, so that
-    it is the pipeline's to the last bit. Raises InputError for eps prediction with zero terminal SNR, where x0 is 0/0.
+    it is the pipeline's to the last bit. Raises InputError for other schedulers (EDM), and for eps prediction with zero
+    terminal SNR, where x0 is 0/0.
     """
     from diffusers import DDPMScheduler
 
     if str(config.get("_class_name", "")).startswith("FlowMatch"):
         return Flow(), "flow"
+    if "beta_schedule" not in config:  # EDM's and consistency models' schedulers; DDPM's table would be made up
+        raise InputError(
+            f"expected a scheduler with a table of betas or a flow-matching one, got {config.get('_class_name')}; "
+            "this kind of teacher is not supported yet"
+        )
     name = config.get("prediction_type") or "epsilon"
     if name not in PREDICTION_TYPES:
         raise InputError(

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Self
 
+import torch
 from torch import Tensor, nn
 
 from ..batch import Cond
@@ -35,6 +36,11 @@ class Denoiser(Network, ABC):
     def __init__(self, net: nn.Module, schedule: NoiseSchedule, predicts: Kind) -> None:
         super().__init__(net)
         self.schedule, self.predicts = schedule, predicts
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the network's own weights, adapters aside: what its inputs are cast to."""
+        return next(self.module.parameters()).dtype
 
     @abstractmethod
     def call(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:

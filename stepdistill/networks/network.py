@@ -66,6 +66,11 @@ class Network:
             )
         return dict(self.module.state_dict(keep_vars=False))
 
+    def compute_with(self, net: nn.Module) -> None:
+        """Puts `net` in the place of the module, with parameters of the same names: what trains stays the same by name."""
+        own = dict(net.named_parameters())
+        self.net, self._trainable = net, {name: own[name] for name in self._trainable}
+
     def active(self) -> AbstractContextManager[None]:
         """Within it, the shared base computes with this network's adapter (or with none)."""
         return nullcontext() if self.adapters is None else self.adapters.use(self.adapter)

@@ -26,7 +26,7 @@ from ..errors import InputError
 from .state import join_state as join_state
 from .state import split_state as split_state
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST, STATE = "manifest.json", "state.json"
 TEMP, REPLACED, ABANDONED = ".saving-", ".replaced-", "abandoned-"
 
@@ -72,9 +72,6 @@ class CheckpointStore:
     def save(self, step: int, files: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> Path:
         """Commits one checkpoint, then removes the oldest beyond the limit. Call on one process only.
 
-        Checkpoints of later steps belong to a future that this run has gone back on: they are renamed to
-        `abandoned-<step>`, so that "latest" can't jump there, and removed with the oldest ones.
-
         Args:
             step: the global step; a checkpoint of the same step is replaced.
             files: name -> tensors, one `<name>.safetensors` each. Tied tensors are written in full each.
@@ -104,7 +101,7 @@ class CheckpointStore:
             ) from error
         finally:
             shutil.rmtree(temp, ignore_errors=True)
-        self._set_aside_later(step)
+        self.set_aside_later(step)
         self._rotate(final)
         return final
 
@@ -184,10 +181,11 @@ class CheckpointStore:
             else:
                 path.rename(owner)
 
-    def _set_aside_later(self, step: int) -> None:
+    def set_aside_later(self, step: int) -> None:
+        """Renames checkpoints of later steps, a future that the run goes back on, so that "latest" can't jump there."""
         for later, path in self._folders():
             if later > step:
-                log.warning("checkpoint %s is of a later step than the one just saved: set aside as abandoned", path)
+                log.warning("checkpoint %s is of a later step than %d: set aside as abandoned", path, step)
                 aside = self.folder / f"{ABANDONED}{later}"
                 try:
                     if aside.exists():

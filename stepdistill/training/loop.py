@@ -9,21 +9,23 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from typing import TYPE_CHECKING
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from ..batch import Batch
-from ..data.order import DataSet, indices
+from ..data.order import DataSet
 from ..errors import InputError
 from ..method import Method, Phase
 from ..networks.ema import EMA
-from ..randomness import StepRandom, derived_seed
+from ..randomness import derived_seed
+from .batches import Batches
 from .checkpoint import CheckpointStore
-from .optimization import NonFiniteError, Role, Sums, lr_factor
-from .snapshot import restore, snapshot
+from .folder import check_space, on_main
+from .optimization import NonFinite, Role, Sums, lr_factor
+from .parallel import no_sync, sharing
+from .snapshot import restore, room, snapshot
 from .trackers import MetricsLog, Progress, Trackers
 
 if TYPE_CHECKING:
@@ -39,10 +41,10 @@ class Fit:
     def __init__(self, trainer: Trainer, method: Method, data: DataSet, name: str, steps: int) -> None:
         if name.isdigit():
             raise ValueError(f"expected a fit name that is no number, got {name!r}")
-        if len(data) < 1:
-            raise InputError("expected a data set with at least one sample, got none")
         self.trainer, self.method, self.data, self.name, self.steps = trainer, method, data, name, steps
-        self.config, self.accelerator = trainer.config, trainer.accelerator
+        self.config, self.accelerator, self.stop = trainer.config, trainer.accelerator, trainer.stop
+        self.batches = Batches(self.config, data, self.accelerator)
+        self.nonfinite = NonFinite(self.config.on_nonfinite == "skip", trainer.is_main)
         self.first = self.start = trainer.step  # the global steps at which the fit and the round began
         self.round = 0
         self.networks = method.networks()
@@ -51,6 +53,8 @@ class Fit:
             raise ValueError(f"expected phases that train some of {sorted(self.networks)}, got {sorted(trained)}")
         for network in self.networks.values():
             network.module.to(trainer.device)
+        # before roles and averages are made of the parameters, which this may replace
+        self.parallel = sharing(self.config.parallel, method, trained, self.accelerator)
         self.roles = {
             n: Role(n, network, self.config, self.accelerator.scaler)
             for n, network in self.networks.items()
@@ -78,45 +82,56 @@ class Fit:
                     f"expected --train.resume_from_checkpoint latest in a run of named fits, got {which!r}; remove newer "
                     f"checkpoints of fit {self.name!r} to go back"
                 )
-            found = self.store.find(which)
+            found = self.store.find(which, strict=self.config.resume_strict)
             if found is None:
                 self.accelerator.print(f"no checkpoint in {self.store.folder}: starting from step {trainer.step}")
             else:
                 restore(self, found)
                 self.accelerator.print(f"resuming from {found.path} (step {found.step})")
-        if trainer.is_main:
-            trainer.folder.mkdir(parents=True, exist_ok=True)
-            if trainer.config_yaml:
-                (trainer.folder / "config.yaml").write_text(trainer.config_yaml)
-        self.accelerator.wait_for_everyone()
+        starts = self.accelerator.gather(torch.tensor([trainer.step], device=trainer.device)).unique().tolist()
+        if len(starts) > 1:
+            raise InputError(
+                f"expected all processes to find the same checkpoint, got steps {starts}; put --output_dir on a file system "
+                "that all nodes share"
+            )
+        on_main(self.accelerator, trainer.place.begin)
 
-    def open_logs(self) -> None:
-        """Takes back what was told of later steps. Not before a step is to be made: a finished fit has later ones."""
+    def go_back(self) -> None:
+        """Takes back what was saved and told of later steps. Not before a step is to be made: a finished fit has later ones."""
         if self.trackers is None:
-            self.metrics.rewind(self.trainer.step)
+            on_main(self.accelerator, self._go_back)
             self.trackers = Trackers(
                 self.config.report_to, self.trainer.folder, vars(self.config), self.trainer.step, self.trainer.is_main
             )
 
+    def _go_back(self) -> None:
+        check_space(self.trainer.folder, *room(self))
+        # in this order: "latest" must not come to mean a step whose metrics are gone
+        self.store.set_aside_later(self.trainer.step)
+        self.metrics.rewind(self.trainer.step)
+
     def save(self) -> None:
         """One checkpoint of this moment, unless it has just been saved."""
         now = (self.round, self.trainer.step)
-        if self.saved_at != now and self.trainer.is_main:
-            self.store.save(self.trainer.step, *snapshot(self))
+        if self.saved_at != now:
+            files, state = snapshot(self)  # on all processes: what they share out is gathered
+            on_main(self.accelerator, lambda: self.store.save(self.trainer.step, files, state))
         self.saved_at = now
-        self.accelerator.wait_for_everyone()
 
     # -- rounds and steps ---------------------------------------------------------------------------------------------
 
     def rounds(self, on_validate: Callable[[int], None] | None, on_round: Callable[[int], None] | None) -> None:
         """All rounds to their ends. A round ends with its EMA as its weights; the next begins with a fresh optimizer."""
         while True:
-            self.one_round(on_validate)
+            stopped = self.one_round(on_validate)
             self.save()
+            if stopped:
+                self.stop.leave(f"step {self.trainer.step} is saved")
             if self.ema is not None:
                 self.ema.fold()
             if on_round is not None:
-                on_round(self.round)
+                with self.parallel.whole(), self.stop.at_once():
+                    on_round(self.round)
             if not self.method.next_round():
                 return
             self.round, self.start = self.round + 1, self.trainer.step
@@ -125,11 +140,11 @@ class Fit:
             self.ema = self._new_ema()
             self.save()
 
-    def one_round(self, on_validate: Callable[[int], None] | None) -> None:
-        """Steps from where the run is to the end of the round."""
+    def one_round(self, on_validate: Callable[[int], None] | None) -> bool:
+        """Steps from where the run is to the end of the round; True if a signal came before."""
         trainer, end = self.trainer, self.start + self.steps
         if trainer.step < end:
-            self.open_logs()
+            self.go_back()
         progress = Progress(end, trainer.step, self.name or type(self.method).__name__, trainer.is_main)
         with closing(progress):
             while trainer.step < end:
@@ -138,10 +153,9 @@ class Fit:
                     self.save()
                 if self.config.validation_steps and trainer.step % self.config.validation_steps == 0:
                     self.validate(on_validate)
-                if self._all_stop():
-                    self.save()
-                    self.accelerator.print(f"stopped by SIGTERM; step {trainer.step} is saved")
-                    raise SystemExit(143)
+                if self.stop.agreed(self.accelerator):
+                    return True
+        return False
 
     def step_and_tell(self, progress: Progress) -> None:
         """One step, its row in metrics.jsonl and the trackers, and the progress."""
@@ -160,7 +174,7 @@ class Fit:
         """All phases of one step on one global batch; returns the logged means."""
         method, trainer = self.method, self.trainer
         method.step = trainer.step
-        batches = self.micro_batches()
+        batches = self.batches.of(trainer.step)
         row: dict[str, float] = {}
         phases = method.phases()
         for number, phase in enumerate(phases):
@@ -169,10 +183,13 @@ class Fit:
                 if len(phases) > 1:
                     row[f"loss/{'+'.join(phase.trains)}"] = means["loss"]
                 row.update(means)
-        with torch.no_grad():
-            method.after_step()
-            if self.ema is not None:
-                self.ema.update()
+        if not self.nonfinite.end_step():
+            with torch.no_grad():
+                method.after_step()
+                if self.ema is not None:
+                    self.ema.update()
+        if self.nonfinite.skip:
+            row["skipped"] = self.nonfinite.skipped
         for batch in batches:  # a data set may hand out the same Batch again
             batch.memo.clear()
         return row
@@ -184,13 +201,14 @@ class Fit:
             for i, batch in enumerate(batches):
                 self.seed_globally(number, i)
                 with self.sync_only_if_last(i == len(batches) - 1, phase.trains):
-                    with self.accelerator.autocast():
+                    with self.parallel.autocast():
                         losses = phase.loss(batch)
                     self.accelerator.backward(losses.total * losses.count)
                 sums.add(losses)
-            means, count = sums.means(self.accelerator)
+            means, count, broken = sums.means(self.accelerator)
             if not math.isfinite(means["loss"]):  # metrics may be NaN
-                self._not_finite(f"loss ({', '.join(f'{k} = {v:g}' for k, v in means.items())})", phase)
+                self._not_finite(f"loss ({', '.join(f'{k} = {v:g}' for k, v in means.items())})", phase, broken)
+                return means
             # DDP averaged over processes: a true mean over the global batch needs world size / total count
             scale = self.accelerator.num_processes / count
             norms = {role: self.roles[role].clip(scale) for role in phase.trains}
@@ -202,38 +220,32 @@ class Fit:
     def _step(self, norms: dict[str, float], phase: Phase, lr: float) -> None:
         """Steps the roles of `norms`: all of them, or none where one norm is not finite."""
         scaler = self.accelerator.scaler
-        for role, norm in norms.items():
-            # an overflow in fp16 is what the scaler is there for: it skips the step and lowers its scale
-            if not math.isfinite(norm) and (scaler is None or scaler.get_scale() < SMALLEST_SCALE):
-                self._not_finite(f"gradient norm of {role} ({norm})", phase)
-        for role in norms:
-            self.roles[role].step(lr)
+        bad = [role for role, norm in norms.items() if not math.isfinite(norm)]
+        # an overflow in fp16 is what the scaler is there for: it skips the step and lowers its scale
+        if bad and (scaler is None or scaler.get_scale() < SMALLEST_SCALE):
+            self._not_finite(f"gradient norm of {', '.join(f'{role} ({norms[role]})' for role in bad)}", phase)
+        else:
+            for role in norms:
+                self.roles[role].step(lr)
         if scaler is not None:
             scaler.update()  # once for all roles, since their gradients came with one scale
 
-    def _not_finite(self, what: str, phase: Phase) -> None:
-        raise NonFiniteError(
-            f"{what} is not finite at step {self.trainer.step + 1} (training {', '.join(phase.trains)}); the weights were not "
-            "changed by it. Lower --train.learning_rate, use bf16 instead of fp16, or look at this batch's data"
-        )
-
-    def micro_batches(self) -> list[Batch]:
-        """This process's share of the global batch, cut into micro-batches."""
-        size, parts = self.config.train_batch_size, self.config.gradient_accumulation_steps
-        first = int(self.accelerator.process_index) * size * parts
-        batches = []
-        for i in range(parts):
-            positions = range(first + i * size, first + (i + 1) * size)
-            whole = self.trainer.global_batch_size
-            chosen = indices(self.config.seed, self.trainer.step, positions, whole, len(self.data))
-            rng = StepRandom(self.config.seed, self.trainer.step, positions)
-            batches.append(self.data.batch(chosen, rng).to(self.trainer.device))
-        return batches
+    def _not_finite(self, what: str, phase: Phase, micro_batches: Sequence[int] = ()) -> None:
+        step, trained = self.trainer.step, ", ".join(phase.trains)
+        samples = self.batches.named(step, micro_batches)
+        self.nonfinite.meet(f"{what} is not finite at step {step + 1} (training {trained}), {samples} of the data set")
+        for role in phase.trains:
+            self.roles[role].drop_gradients()
 
     def seed_globally(self, phase: int, micro_batch: int) -> None:
         """What cannot avoid the global generators (dropout, generate) becomes a function of the step, too."""
         rank = int(self.accelerator.process_index)
-        torch.manual_seed(derived_seed(self.config.seed, self.trainer.step, "global", phase, micro_batch, rank))
+        seed = derived_seed(self.config.seed, self.trainer.step, "global", phase, micro_batch, rank)
+        torch.default_generator.manual_seed(
+            seed
+        )  # torch.manual_seed also queues seeds for accelerators that aren't there
+        if self.trainer.device.type != "cpu":
+            torch.get_device_module(self.trainer.device).manual_seed(seed)
 
     @contextmanager
     def learning(self, trains: Sequence[str]) -> Iterator[None]:
@@ -254,44 +266,26 @@ class Fit:
         with ExitStack() as stack:
             for name, role in self.roles.items():
                 if not (last and name in trains):
-                    stack.enter_context(self.accelerator.no_sync(role.network.net))
+                    stack.enter_context(no_sync(role.network.net))
             yield
 
-    @contextmanager
-    def wrapped(self) -> Iterator[None]:
-        """Within it the trained roles are wrapped for several processes; the only place where that happens."""
-        if self.accelerator.num_processes == 1:
-            yield
-            return
-        bare = {name: role.network.net for name, role in self.roles.items()}
-        devices = [self.trainer.device.index] if self.trainer.device.type == "cuda" else None
-        for name, role in self.roles.items():
-            with self.learning((name,)):  # DDP waits for all that requires grad now, and roles may share one base
-                net = DistributedDataParallel(role.network.net, device_ids=devices, broadcast_buffers=False)
-            role.network.net = net
-        try:
-            yield
-        finally:
-            for name, role in self.roles.items():
-                role.network.net = bare[name]
+    def wrapped(self) -> AbstractContextManager[None]:
+        """Within it the trained roles are wrapped for several processes; afterwards they are plain modules again."""
+        return self.parallel.training(self.learning)
 
     # -- what is told -------------------------------------------------------------------------------------------------
 
     def validate(self, on_validate: Callable[[int], None] | None) -> None:
         """The recipe's samples, with EMA weights, on the main process; training randomness is not touched."""
-        if on_validate is not None and self.trainer.is_main:
+        if on_validate is not None:
             with ExitStack() as stack:
                 if self.ema is not None:
                     stack.enter_context(self.ema.applied())
-                stack.enter_context(torch.no_grad())
-                on_validate(self.trainer.step)
+                stack.enter_context(self.parallel.whole(everywhere=False))
+                if self.trainer.is_main:
+                    stack.enter_context(torch.no_grad())
+                    self.stop.breakable(lambda: on_validate(self.trainer.step))
         self.accelerator.wait_for_everyone()
-
-    def _all_stop(self) -> bool:
-        if self.accelerator.num_processes == 1:
-            return self.trainer.stop_requested
-        flag = torch.tensor(float(self.trainer.stop_requested), device=self.trainer.device)
-        return bool(self.accelerator.reduce(flag, "sum") > 0)
 
     def close(self) -> None:
         """Ends the trackers."""

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from ..errors import InputError
 from .checkpoint import Checkpoint
+from .config import resumed_changes
+from .parallel import gathered, share
 from .state import join_state, split_state
 
 if TYPE_CHECKING:
@@ -16,11 +18,10 @@ if TYPE_CHECKING:
 
 
 def identity(fit: Fit) -> dict[str, Any]:
-    """What a resumed run must have in common with the one it continues, or its samples and noise would differ."""
+    """What a resumed run must have in common with the one it continues, and what its config does not say."""
     return {
         "method": type(fit.method).__name__,
         "roles": sorted(fit.roles),
-        "seed": fit.config.seed,
         "global batch size": fit.trainer.global_batch_size,
         "number of samples": len(fit.data),
         "first step": fit.first,
@@ -28,7 +29,7 @@ def identity(fit: Fit) -> dict[str, Any]:
 
 
 def snapshot(fit: Fit) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """(file name -> tensors, JSON state) of this moment."""
+    """(file name -> tensors, JSON state) of this moment. Takes all processes; only the main one gets tensors."""
     files = {role: network.state() for role, network in fit.networks.items()}
     optimizers = {}
     for name, role in fit.roles.items():
@@ -39,6 +40,8 @@ def snapshot(fit: Fit) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         "round": fit.round,
         "round_start": fit.start,
         "run": identity(fit),
+        "config": split_state(fit.trainer.resolved)[1],  # it may hold infinities, which JSON does not
+        "left_out": [fit.nonfinite.skipped, fit.nonfinite.in_a_row],
         "optimizers": optimizers,
         "method": method,
     }
@@ -46,20 +49,38 @@ def snapshot(fit: Fit) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         files["student.ema"], state["ema_updates"] = fit.ema.shadow, fit.ema.updates
     if fit.accelerator.scaler is not None:
         state["scaler"] = fit.accelerator.scaler.state_dict()
-    return {name: tensors for name, tensors in files.items() if tensors}, state
+    return {name: gathered(tensors, fit.trainer.is_main) for name, tensors in files.items() if tensors}, state
+
+
+def room(fit: Fit) -> tuple[int, int]:
+    """(bytes of a checkpoint, how many more of them there will be at once), near enough.
+
+    An optimizer that has not stepped yet is taken to keep two moments in float32.
+    """
+    held = [t for network in fit.networks.values() for t in network.state().values()]
+    held += split_state(fit.method.state_dict())[0].values()
+    held += fit.ema.shadow.values() if fit.ema is not None else ()
+    size = sum(tensor.nbytes for tensor in held)
+    for role in fit.roles.values():
+        moments = split_state(role.optimizer_state()["state"])[0]
+        size += sum(t.nbytes for t in moments.values()) or sum(8 * p.numel() for p in role.parameters)
+    saves = -(-(fit.start + fit.steps - fit.trainer.step) // fit.config.checkpointing_steps)
+    if fit.store.limit is not None:  # the oldest goes only after the newest is there
+        saves = min(saves, max(0, fit.store.limit - len(fit.store.steps())) + 1)
+    return size, saves
 
 
 def restore(fit: Fit, checkpoint: Checkpoint) -> None:
     """Every tensor and counter back to what it was. Raises InputError for a checkpoint of another run."""
     state, place = checkpoint.state, f"checkpoint {checkpoint.path}"
+    for change in resumed_changes(join_state({}, state["config"]), fit.trainer.resolved, place):
+        fit.accelerator.print(f"changed since step {checkpoint.step}: {change}")
     for key, now in identity(fit).items():
         if state["run"][key] != now:
             raise InputError(
-                f"expected {key} {state['run'][key]} as in {place}, got {now}; set it back (seed, batch size, accumulation, "
+                f"expected {key} {state['run'][key]} as in {place}, got {now}; set it back (batch size, accumulation, "
                 "processes, data, steps of earlier fits), or start anew with another --output_dir"
             )
-    if (fit.ema is None) != ("ema_updates" not in state):
-        raise InputError(f"expected the EMA setting of {place}; set --train.ema_decay back, or start anew elsewhere")
     for name, network in fit.networks.items():
         copy_into(network.state(), checkpoint.tensors(name), f"{place}, {name}")
     for name, role in fit.roles.items():
@@ -71,6 +92,7 @@ def restore(fit: Fit, checkpoint: Checkpoint) -> None:
         fit.accelerator.scaler.load_state_dict(state["scaler"])
     fit.method.load_state_dict(join_state(checkpoint.tensors("method"), state["method"]))
     fit.round, fit.start, fit.trainer.step = state["round"], state["round_start"], checkpoint.step
+    fit.nonfinite.skipped, fit.nonfinite.in_a_row = state["left_out"]
     fit.saved_at = (fit.round, checkpoint.step)
 
 
@@ -85,4 +107,4 @@ def copy_into(live: dict[str, Tensor], saved: dict[str, Tensor], what: str) -> N
         )
     with torch.no_grad():
         for name, value in live.items():
-            value.copy_(saved[name])
+            value.copy_(share(saved[name], value))

@@ -19,6 +19,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from ..errors import InputError
+from .config import flat_config
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,15 @@ class MetricsLog:
         if not self.enabled:
             return
         line = json.dumps({name: _legal(value) for name, value in row.items()}, allow_nan=False) + "\n"
+        try:
+            self._append(line)
+        except OSError as error:
+            raise InputError(
+                f"expected to write {self.path}, got: {error}; free some space or fix the permissions, then resume from the "
+                "latest checkpoint"
+            ) from error
+
+    def _append(self, line: str) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab") as handle:
             if not self._checked and handle.tell() and not self._ends_a_line():
@@ -174,8 +184,7 @@ class Trackers:
     ) -> None:
         self._trackers: dict[str, Any] = {}
         self._warned: set[str] = set()
-        names = [name.strip() for name in (report_to or "").split(",")]
-        kinds = {name: _tracker_class(name) for name in names if name and name.lower() != "none"}
+        kinds = tracker_classes(report_to)
         if not enabled:
             return
         for name, kind in kinds.items():
@@ -215,6 +224,12 @@ class Trackers:
             self._warned.add(name)
 
 
+def tracker_classes(report_to: str | None) -> dict[str, Any]:
+    """Accelerate's class of each tracker named; InputError for one that it doesn't know or that is not installed."""
+    names = [name.strip() for name in (report_to or "").split(",")]
+    return {name: _tracker_class(name) for name in names if name and name.lower() != "none"}
+
+
 def _tracker_class(name: str) -> Any:
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
     from accelerate.utils import LoggerType
@@ -226,14 +241,3 @@ def _tracker_class(name: str) -> Any:
     if name in built_in and name not in {str(kind) for kind in get_available_trackers()}:
         raise InputError(f"expected an installed tracker, got {name!r} without its package; pip install {name}")
     return LOGGER_TYPE_TO_CLASS[name]
-
-
-def flat_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
-    """A nested configuration as dotted names and plain values: TensorBoard raises on None and on lists."""
-    flat: dict[str, bool | int | float | str] = {}
-    for name, value in config.items():
-        if isinstance(value, Mapping):
-            flat.update(flat_config(value, f"{prefix}{name}."))
-        else:
-            flat[f"{prefix}{name}"] = value if isinstance(value, (bool, int, float, str)) else str(value)
-    return flat

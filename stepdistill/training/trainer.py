@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import atexit
 import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from ..data.order import DataSet
 from ..errors import InputError
 from ..method import Method
-from .config import TrainConfig
+from .config import TrainConfig, binding, flat_config, flat_yaml
+from .folder import RunFolder, on_main
 from .loop import Fit
 from .optimization import NonFiniteError
+from .parallel import refuse_other_wrappers
+from .stopping import Stop
+from .trackers import tracker_classes
 
 __all__ = ["NonFiniteError", "Trainer"]
 
@@ -25,25 +29,35 @@ class Trainer:
 
     Args:
         config: the run's options.
-        output_dir: the run folder; checkpoints, metrics.jsonl and config.yaml go there.
-        config_yaml: the resolved config, written as config.yaml when training starts.
+        output_dir: the run folder; checkpoints, metrics.jsonl and config.yaml go there. It is locked until the process ends.
+        config_yaml: the resolved config, written as config.yaml when training starts; a resumed run must agree with it.
+
+    From here on SIGTERM and SIGINT end the process as :mod:`.stopping` says, until :meth:`close`.
+
+    Raises:
+        InputError: the folder holds a run that is not to be resumed or has another config, or is in use.
     """
 
     def __init__(self, config: TrainConfig, output_dir: str | Path, config_yaml: str = "") -> None:
         from accelerate import Accelerator
 
-        self.config, self.folder, self.config_yaml = config, Path(output_dir), config_yaml
-        self._refuse_to_overwrite()
+        self.config, self.folder = config, Path(output_dir)
+        refuse_other_wrappers()
+        tracker_classes(config.report_to)  # a wrong name is said before hours of preparing
         try:
             self.accelerator = Accelerator(mixed_precision=config.mixed_precision, gradient_accumulation_steps=1)
         except ValueError as error:
             raise InputError(f"expected a precision this device has: {error}; fix --train.mixed_precision") from error
+        self.resolved = binding({**flat_yaml(config_yaml), **flat_config({"train": vars(config)})})
+        self.place = RunFolder(self.folder, config_yaml, resume=config.resume_from_checkpoint is not None)
+        on_main(self.accelerator, self.place.take)
+        self.stop = Stop(speaks=self.is_main)
+        atexit.register(_end_gloo)
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses to be deterministic
             torch.use_deterministic_algorithms(True)
         self.step = 0
         self._fits: set[str] = set()
-        self.stop_requested = False
 
     # -- what recipes ask ---------------------------------------------------------------------------------------------
 
@@ -59,6 +73,16 @@ class Trainer:
         return bool(self.accelerator.is_main_process)
 
     @property
+    def rank(self) -> int:
+        """The number of this process, from 0."""
+        return int(self.accelerator.process_index)
+
+    @property
+    def world(self) -> int:
+        """How many processes there are."""
+        return int(self.accelerator.num_processes)
+
+    @property
     def weight_dtype(self) -> torch.dtype:
         """The dtype for frozen weights under this run's mixed precision."""
         return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.accelerator.mixed_precision, torch.float32)
@@ -67,11 +91,15 @@ class Trainer:
     def global_batch_size(self) -> int:
         """Samples per optimizer step over all processes and micro-batches."""
         per_process = self.config.train_batch_size * self.config.gradient_accumulation_steps
-        return per_process * int(self.accelerator.num_processes)
+        return per_process * self.world
 
     def wait(self) -> None:
         """Until all processes are here."""
         self.accelerator.wait_for_everyone()
+
+    def close(self) -> None:
+        """Gives SIGTERM and SIGINT back. The run folder stays this process's own until it ends."""
+        self.stop.close()
 
     def fit(
         self,
@@ -91,32 +119,26 @@ class Trainer:
                 killed there calls it again.
             steps: optimizer steps of a round, instead of the config's `max_train_steps`.
 
-        Afterwards the student holds its EMA weights, if there are any. On SIGTERM a checkpoint is saved and the process
-        exits with 143.
+        Afterwards the student holds its EMA weights, if there are any. On SIGTERM or SIGINT all processes save a checkpoint of
+        the same step and exit with 143 or 130 (:mod:`.stopping`); `on_validate` and `on_round` are broken off in the middle.
         """
         if name in self._fits:
             raise ValueError(f"this run has a fit named {name!r} already; give each of them a name of its own")
         self._fits.add(name)
         run = Fit(self, method, data, name, self.config.max_train_steps if steps is None else steps)
         run.resume()
-        previous = signal.signal(signal.SIGTERM, self._on_signal)
         try:
-            with run.wrapped():
+            with self.stop.deferred(), run.wrapped():
                 run.rounds(on_validate, on_round)
         finally:
-            signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
             run.close()
-        if self.stop_requested:  # it came after the last step, while a callback ran
-            raise SystemExit(143)
 
-    def _on_signal(self, _number: int, _frame: Any) -> None:
-        self.stop_requested = True
 
-    def _refuse_to_overwrite(self) -> None:
-        if self.config.resume_from_checkpoint is None and any(
-            (self.folder / part).exists() for part in ("checkpoints", "metrics.jsonl")
-        ):
-            raise InputError(
-                f"expected a new output_dir, got {str(self.folder)!r}, which holds a run; continue it with "
-                "--train.resume_from_checkpoint latest, or give another --output_dir"
-            )
+def _end_gloo() -> None:
+    """Ends the process group while Python still runs.
+
+    A process that ends soon after a collective is aborted now and then by a thread of gloo that has not finished with it
+    (torch 2.13, one exit in some twenty on a busy machine), and launchers take the whole run down with it.
+    """
+    if dist.is_initialized() and dist.get_backend() == "gloo":
+        dist.destroy_process_group()

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import tiny_images, tiny_pipeline
 
 from stepdistill.config import parse
@@ -50,6 +51,15 @@ def inputs(tmp_path_factory):
         (folder / "unreadable" / f"{i}.png").write_bytes(b"not a picture")
         (folder / "unreadable" / f"{i}.txt").write_text("a caption")
     (folder / "empty").mkdir()
+    (folder / "blank.txt").write_text("\n  \n")
+    (folder / "broken.tar").write_bytes(b"no archive")
+    (folder / "broken.parquet").write_bytes(b"no table")
+    (folder / "model.ckpt").write_bytes(b"a pickle")
+    shutil.copytree(folder / "sd", folder / "holes")
+    weights = folder / "holes" / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    del tensors["conv_out.weight"]  # Diffusers would fill it with random numbers
+    save_file(tensors, weights)
     return folder
 
 
@@ -75,6 +85,27 @@ BAD = {
     "targets that fit nothing": (["--student.targets", "nowhere"], "--student.targets"),
     "grid that does not divide": (["--method.num_ddim_timesteps", "30"], "num_ddim_timesteps"),
     "precision the device lacks": (["--train.mixed_precision", "fp16"], "mixed_precision"),
+    "no learning rate": (["--train.learning_rate", "0"], "--train.learning_rate"),
+    "average that forgets": (["--train.ema_decay", "1"], "--train.ema_decay"),
+    "target that never moves": (["--method.target_decay", "1"], "--method.target_decay"),
+    "sampler that cannot": (["--method.sigma_data", "1"], "--method.sigma_data"),
+    "alpha 0": (["--student.alpha", "0"], "--student.alpha"),
+    "unknown tracker": (["--train.report_to", "paper"], "report_to"),
+    "unknown choice": (["--train.on_nonfinite", "pray"], "on_nonfinite"),
+    "missing prompts": (["--train.validation_prompts", "nowhere.txt"], "nowhere.txt"),
+    "missing checkpoint": (["--train.resume_from_checkpoint", "7"], "7"),
+    "LoRA in shards": (["--train.parallel", "fsdp"], "--train.parallel"),
+    "unknown format": (["--export.formats", "onnx"], "--export.formats"),
+    "hub out of reach": (["--export.push_to_hub", "true"], "hub"),
+    "a pickle": (["--teacher.path", "{inputs}/model.ckpt"], "safetensors"),
+    "weights with a hole": (["--teacher.path", "{inputs}/holes"], "conv_out.weight"),
+    "blank prompts": (["--data.path", "{inputs}/blank.txt"], "blank.txt"),
+    "no archive": (["--data.path", "{inputs}/broken.tar"], "broken.tar"),
+    "no table": (["--data.path", "{inputs}/broken.parquet"], "broken.parquet"),
+    "unknown data set": (["--data.path", "no-such/data"], "no-such/data"),
+    "variants that are the same": (["--data.variants", "3"], "--data.variants"),
+    "bad fraction": (["--data.max_bad_fraction", "2"], "--data.max_bad_fraction"),
+    "gradients of nothing": (["--train.max_grad_norm", "-1"], "--train.max_grad_norm"),
 }
 
 

@@ -1,7 +1,5 @@
-"""What a fit is made of: averages, validation, rounds, several fits in a run, its folder, its end by SIGTERM."""
+"""What a fit is made of: averages, validation, rounds, several fits in a run, its folder."""
 
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -153,39 +151,10 @@ def test_no_steps_are_no_steps(tmp_path: Path) -> None:
     assert_close(weights(method), weights(Regression()), **EXACT)
 
 
-@pytest.mark.parametrize("leftover", ["checkpoints", "metrics.jsonl"])
-def test_a_folder_that_holds_a_run_is_refused_and_left_alone(tmp_path: Path, leftover: str) -> None:
-    (tmp_path / leftover).mkdir()
-    before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(InputError, match="resume_from_checkpoint latest"):
-        Trainer(options(), tmp_path)
-    assert sorted(tmp_path.rglob("*")) == before
-
-
 def test_the_config_lies_beside_the_run(tmp_path: Path) -> None:
     Trainer(options(max_train_steps=1), tmp_path / "run", "seed: 0\n").fit(Regression(), Numbers())
     assert (tmp_path / "run" / "config.yaml").read_text() == "seed: 0\n"
     assert (tmp_path / "run" / "checkpoints" / "1" / "manifest.json").is_file()
-
-
-def test_sigterm_saves_this_step_and_exits_with_143(tmp_path: Path) -> None:
-    method, handler = Regression(), signal.getsignal(signal.SIGTERM)
-    with stopping_after(method, 3, lambda: os.kill(os.getpid(), signal.SIGTERM)), pytest.raises(SystemExit) as stopped:
-        train(tmp_path, method, max_train_steps=6)
-    assert stopped.value.code == 143 and signal.getsignal(signal.SIGTERM) is handler
-    assert saved(tmp_path)[1]["fit"] == "" and [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["3"]
-    method = train(tmp_path, resume_from_checkpoint="latest")
-    whole = train(tmp_path / "whole")
-    assert_close(weights(method), weights(whole), **EXACT)
-    assert rows(tmp_path) == rows(tmp_path / "whole")
-
-
-def test_sigterm_during_a_callback_is_not_lost(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        Trainer(options(), tmp_path).fit(
-            Regression(), Numbers(), on_round=lambda _: os.kill(os.getpid(), signal.SIGTERM)
-        )
-    assert stopped.value.code == 143 and (tmp_path / "checkpoints" / "6").is_dir()
 
 
 def test_the_sizes_that_recipes_ask_for(tmp_path: Path) -> None:

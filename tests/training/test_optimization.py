@@ -158,13 +158,13 @@ def test_the_scaler_skips_an_overflow_and_lowers_its_scale() -> None:
 
 
 class Alone:
-    num_processes = 1
+    num_processes, process_index = 1, 0
 
 
 class Doubled:
     """Two processes that computed the same."""
 
-    num_processes = 2
+    num_processes, process_index = 2, 1
 
     def reduce(self, values: Tensor, reduction: str) -> Tensor:
         assert reduction == "sum"
@@ -181,14 +181,22 @@ def parts() -> Sums:
 
 @pytest.mark.parametrize(("accelerator", "count"), [(Alone(), 4.0), (Doubled(), 8.0)])
 def test_means_are_weighted_by_their_counts(accelerator: Any, count: float) -> None:
-    means, total = parts().means(accelerator)
-    assert (means, total) == ({"loss": 12.0, "a": 2.0, "b": 10.0, "m": 2.0}, count)
+    assert parts().means(accelerator) == ({"loss": 12.0, "a": 2.0, "b": 10.0, "m": 2.0}, count, [])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(("accelerator", "found"), [(Alone(), [2]), (Doubled(), [5])])
+def test_micro_batches_without_a_finite_loss_are_found(accelerator: Any, found: list[int], value: float) -> None:
+    sums = parts()
+    sums.add(Losses({"a": torch.tensor(value), "b": torch.tensor(1.0)}, {"m": torch.tensor(1.0)}, 2.0))
+    means, _, broken = sums.means(accelerator)
+    assert broken == found and not math.isfinite(means["loss"]) and means["m"] == 10.0 / 6.0
 
 
 def test_nothing_to_average_is_zero_not_nan() -> None:
     sums = Sums()
     sums.add(Losses({"a": torch.tensor(0.0)}, count=0))
-    assert sums.means(Alone()) == ({"loss": 0.0, "a": 0.0}, 1.0)
+    assert sums.means(Alone()) == ({"loss": 0.0, "a": 0.0}, 1.0, [])
 
 
 # -- options ----------------------------------------------------------------------------------------------------------

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 from torch.testing import assert_close
-from toy_process import ranks
-from toys import rows, saved
+from toy_process import Everything, fit_in, ranks
+from toys import Numbers, Regression, rows, saved
+
+from stepdistill.data.order import indices
+from stepdistill.training.checkpoint import CheckpointStore
 
 TESTS = Path(__file__).resolve().parent.parent
 
@@ -49,6 +52,11 @@ def test_two_processes_compute_what_one_does(tmp_path: Path) -> None:
     one, two = tmp_path / "1", tmp_path / "2"
     for run in ("regression", "duel", "uneven", "lcm", "shared"):
         agree(two / run, one / run)
+    # what two processes saved one goes on with: the same samples, and the same end
+    method, data = Regression(), Numbers()
+    fit_in(two / "moved", method, data, ema_decay=0.9, max_train_steps=6, resume_from_checkpoint="latest")
+    assert data.asked == [tuple(indices(0, step, range(8), 8, len(data))) for step in (3, 4, 5)]
+    agree(two / "moved", one / "moved")
     # SIGTERM came to one of the two: both stopped after this step, and it is saved
     ends = [json.loads((two / f"ends-{rank}.json").read_text()) for rank in (0, 1)]
     assert [end["stopped"] for end in ends] == ["143", "143"]
@@ -57,6 +65,8 @@ def test_two_processes_compute_what_one_does(tmp_path: Path) -> None:
     # the loss of one of the two was NaN: both raised before the step
     for end in ends:
         assert "loss (loss = nan" in end["poisoned"] and "at step 3" in end["poisoned"]
+        samples = ", ".join(map(str, indices(0, 2, [4, 5], 8, 64)))
+        assert f"samples {samples} (process 1) of the data set" in end["poisoned"]
     assert [row["step"] for row in rows(two / "poisoned")] == [1, 2]
 
 
@@ -69,3 +79,15 @@ def test_two_processes_train_a_lora_of_stable_diffusion_as_one_does(tmp_path: Pa
         launched("ranks_sd", tmp_path / str(processes), processes)
     # a UNet's gradients agree to some 1e-5 of their norm, as they do in 1x8 and 2x4 samples on one process: no moments
     agree(tmp_path / "2" / "lcm", tmp_path / "1" / "lcm", only="student/")
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_all_processes(tmp_path: Path) -> None:
+    """In the middle of the second checkpoint; the first one stays."""
+    launched("full_disk", tmp_path / "run", processes=2)
+    for rank in (0, 1):
+        said = (tmp_path / "run" / f"ended-{rank}").read_text()
+        assert "No space left" in said and "older checkpoints are untouched (4)" in said
+    found = CheckpointStore(tmp_path / "run" / "checkpoints").find(strict=True)
+    assert found is not None and found.step == 4 and [p.name for p in found.path.parent.iterdir()] == ["4"]
+    fit_in(tmp_path / "run", Everything(), ema_decay=0.9, resume_from_checkpoint="latest")

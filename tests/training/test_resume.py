@@ -1,7 +1,10 @@
 """A killed run goes on to the same bits: in-process at every kind of moment, and with kill -9 at random ones."""
 
+import hashlib
 import json
 import os
+import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -20,7 +23,7 @@ from toys import (
     Regression,
     network,
     options,
-    rows,
+    same,
     saved,
     stopping_after,
     train,
@@ -32,15 +35,6 @@ from stepdistill.method import Method
 from stepdistill.training.trainer import Trainer
 
 TESTS = Path(__file__).resolve().parent.parent
-
-
-def same(folder: Path, other: Path) -> None:
-    """The same bits in every tensor of the last checkpoint, the same state, the same metrics."""
-    (tensors, state), (wanted, wanted_state) = saved(folder), saved(other)
-    assert {"student/0.weight", "student.optimizer/state.0.exp_avg"} <= set(wanted) or any("lora" in n for n in wanted)
-    assert_close(tensors, wanted, **EXACT)
-    assert state == wanted_state
-    assert rows(folder) == rows(other)
 
 
 @pytest.mark.parametrize("step", [1, 3, 4, 9])
@@ -116,15 +110,65 @@ def test_resuming_from_a_step_or_a_folder(tmp_path: Path) -> None:
         same(tmp_path / name, tmp_path / "whole")
 
 
-def test_a_damaged_checkpoint_costs_steps_but_no_bits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "missing": lambda file: file.unlink(),
+    "truncated": lambda file: file.write_bytes(file.read_bytes()[:-1]),
+    "empty": lambda file: file.write_bytes(b""),
+    "flipped": lambda file: file.write_bytes(file.read_bytes()[:-1] + bytes([file.read_bytes()[-1] ^ 1])),
+    "begun": lambda file: file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:]),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize(
+    "name", ["student.safetensors", "student.optimizer.safetensors", "state.json", "manifest.json"]
+)
+def test_a_damaged_checkpoint_costs_steps_but_no_bits(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, damage: str
+) -> None:
     changes = {"checkpointing_steps": 2, "max_train_steps": 5}
     train(tmp_path / "whole", **changes)
     shutil.copytree(tmp_path / "whole", tmp_path / "hurt")
-    file = tmp_path / "hurt" / "checkpoints" / "5" / "student.safetensors"
-    file.write_bytes(file.read_bytes()[:-1] + b"\xff")
+    DAMAGES[damage](tmp_path / "hurt" / "checkpoints" / "5" / name)
+    with pytest.raises(InputError, match=f"checkpoints/5/{name} .*another one"):
+        train(tmp_path / "hurt", resume_from_checkpoint="latest", resume_strict=True, **changes)
     train(tmp_path / "hurt", resume_from_checkpoint="latest", **changes)
-    assert "student.safetensors" in caplog.text and "going back to step 4" in caplog.text
+    assert f"checkpoints/5/{name} (" in caplog.text and "going back to step 4" in caplog.text
     same(tmp_path / "hurt", tmp_path / "whole")
+
+
+class Trap:
+    """A pickle that touches a file where it is opened."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[..., None], tuple[Path]]:
+        return Path.touch, (self.path,)
+
+
+def test_a_pickle_in_a_checkpoint_is_never_opened(tmp_path: Path) -> None:
+    sprung, checkpoint = tmp_path / "sprung", tmp_path / "run" / "checkpoints" / "5"
+    train(tmp_path / "run", max_train_steps=5, checkpointing_steps=2)
+    for name in ("optimizer.pt", "pytorch_model.bin", "scheduler.pkl", "random_states_0.pkl", "student.bin"):
+        (checkpoint / name).write_bytes(pickle.dumps(Trap(sprung)))
+    train(tmp_path / "run", max_train_steps=8, checkpointing_steps=2, resume_from_checkpoint="5")
+    train(tmp_path / "whole", max_train_steps=8, checkpointing_steps=2)
+    same(tmp_path / "run", tmp_path / "whole")
+    # in the place of a listed file, and listed with its own hash
+    newest = tmp_path / "run" / "checkpoints" / "8"
+    manifest = json.loads((newest / "manifest.json").read_text())
+    for name in ("student.safetensors", "student.optimizer.safetensors"):
+        kept, data = (newest / name).read_bytes(), pickle.dumps(Trap(sprung))
+        (newest / name).write_bytes(data)
+        forged = {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}}
+        (newest / "manifest.json").write_text(json.dumps(manifest | {"files": manifest["files"] | forged}))
+        with pytest.raises(InputError, match=name):
+            train(tmp_path / "run", max_train_steps=9, resume_from_checkpoint="latest")
+        (newest / name).write_bytes(kept)
+    assert not sprung.exists()
+    pickle.loads(pickle.dumps(Trap(sprung)))
+    assert sprung.exists(), "the trap works"
 
 
 def test_without_a_checkpoint_it_says_that_it_starts_at_step_0(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -155,11 +199,11 @@ class Renamed(Regression):
 @pytest.mark.parametrize(
     ("make", "data", "changes", "named"),
     [
-        (Regression, Numbers, {"seed": 1}, "seed 0"),
+        (Regression, Numbers, {"seed": 1}, "train.seed: 0 -> 1"),
         (Regression, Numbers, {"train_batch_size": 4}, "global batch size 8"),
         (Regression, Numbers, {"gradient_accumulation_steps": 2}, "global batch size 8"),
         (Regression, lambda: Numbers(count=63), {}, "number of samples 64"),
-        (Regression, Numbers, {"ema_decay": 0.9}, "ema_decay"),
+        (Regression, Numbers, {"ema_decay": 0.9}, "train.ema_decay: None -> 0.9"),
         (Renamed, Numbers, {}, "method Regression"),
         (Duel, Numbers, {}, "method Regression"),
         (Wide, Numbers, {}, "method Regression"),
@@ -240,25 +284,35 @@ def test_trackers_are_told_nothing_of_a_finished_fit(tmp_path: Path, monkeypatch
 # -- kill -9 -----------------------------------------------------------------------------------------------------------
 
 
-def lives(mode: str, folder: Path) -> list[int]:
+def lives(mode: str, folder: Path) -> tuple[list[int], list[int]]:
+    """The exit codes of all lives, and the steps that those began from which did not begin at 0."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(TESTS / "toy_process.py"), mode, str(folder)]
+    command = [sys.executable, "-u", str(TESTS / "toy_process.py"), mode, str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    codes = json.loads(done.stdout.splitlines()[-1])["codes"]
-    assert done.stdout.count("resuming from") >= 2, "some lives must have begun in the middle"
-    return codes
+    began = re.findall(r"^resuming from .* \(step (\d+)\)$", done.stdout, re.MULTILINE)
+    return json.loads(done.stdout.splitlines()[-1])["codes"], [int(step) for step in began]
 
 
-def check_lives(codes: list[int], folder: Path) -> None:
+def check_lives(lives: tuple[list[int], list[int]], folder: Path) -> None:
+    codes, began = lives
     # a life may also have ended before its kill came
-    assert codes.count(-9) >= 3 and set(codes) <= {0, -9} and codes[-2:] == [0, 0]
+    assert codes.count(-9) >= len(codes) // 2 and set(codes) <= {0, -9} and codes[-2:] == [0, 0] and len(began) >= 2
     same(folder / "killed", folder / "whole")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="forks")
 def test_killed_at_random_moments_and_resumed_is_the_same(tmp_path: Path) -> None:
     check_lives(lives("kills", tmp_path), tmp_path)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="forks")
+def test_killed_within_a_checkpoint_and_resumed_is_the_same(tmp_path: Path) -> None:
+    """After some files, before the rename, and between the rename and the removal of the oldest."""
+    codes, began = lives("kills_in_saves", tmp_path)
+    assert codes == [-9, -9, -9, 0, 0] and began == [3, 6, 12]
+    same(tmp_path / "killed", tmp_path / "whole")
+    assert sorted(p.name for p in (tmp_path / "killed" / "checkpoints").iterdir()) == ["18", "20"]
 
 
 @pytest.mark.slow

@@ -256,3 +256,9 @@ def test_other_processes_start_no_tracker(tmp_path, monkeypatch):
     tracked.log({"loss": 1.0}, step=1)
     tracked.close()
     assert calls == []
+
+
+def test_a_full_disk_is_an_input_error_that_names_the_file(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"write .*file/metrics.jsonl, got.*resume from the latest checkpoint"):
+        MetricsLog(tmp_path / "file" / "metrics.jsonl").write({"step": 1})

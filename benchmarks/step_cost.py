@@ -1,0 +1,212 @@
+"""What a training step costs beyond the networks' own work: writes benchmarks/results/step_cost.json.
+
+Three comparisons on LCM-LoRA, all as ratios: the trainer against a loop written by hand, cached latents against encoding in
+the step, one base with adapters against a teacher with weights of its own. The two sides take turns step by step, in one
+thread, and it is CPU time that counts (on a GPU time), so that a busy machine slows both alike. Peak memory is measured in
+processes of their own. python benchmarks/step_cost.py
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import re
+import statistics
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import chain
+from pathlib import Path
+
+import torch
+from step_setting import RANK, UNETS, Setting, load, save_pipeline
+
+from stepdistill.bench.metrics import bootstrap_interval
+from stepdistill.bench.table import environment
+from stepdistill.config import Parsed, run
+from stepdistill.errors import InputError
+from stepdistill.networks.network import parameter_bytes
+
+WARMUP = 3  # steps at the start of a fit that are not counted
+FEW = 10  # an interval of fewer pairs would only be their range
+BY_HAND, ENCODING, COPIES = "trainer / loop by hand", "cached latents / encoding", "one base / two copies"
+
+
+@dataclass
+class Benchmark:
+    """The cost of a step.
+
+    Attributes:
+        steps: pairs of steps in a fit, the first of which are not counted.
+        repeats: fits of each comparison, and processes of each peak.
+        batch: images a step.
+        seed: of weights, data and noise.
+        output: the results file.
+    """
+
+    steps: int = 60
+    repeats: int = 3
+    batch: int = 8
+    seed: int = 0
+    output: str = str(Path(__file__).parent / "results" / "step_cost.json")
+
+    def __post_init__(self) -> None:
+        if self.steps <= WARMUP or self.repeats < 1:
+            raise InputError(
+                f"expected steps > {WARMUP} and repeats >= 1, got {self.steps} and {self.repeats}; fix --steps"
+            )
+
+
+@dataclass(frozen=True)
+class Row:
+    """One quantity of one comparison.
+
+    Attributes:
+        what: "ours / theirs".
+        network: a key of `UNETS`.
+        quantity: "CPU time", "time", "peak memory" or "weights".
+        ratio: the median over pairs of ours / theirs.
+        interval: 95 % bootstrap interval of it; None for fewer than `FEW` pairs.
+        values: medians of ours and of theirs, in seconds a step or bytes.
+        n: pairs.
+    """
+
+    what: str
+    network: str
+    quantity: str
+    ratio: float
+    interval: tuple[float, float] | None
+    values: tuple[float, float]
+    n: int
+
+
+Pairs = tuple[Sequence[float], Sequence[float]]
+
+
+def compare(what: str, network: str, quantity: str, pairs: Pairs, seed: int) -> Row:
+    """The row of two series that were taken in turns, value by value."""
+    ratios = torch.tensor([a / b for a, b in zip(*pairs, strict=True)], dtype=torch.float64)
+    interval = None
+    if len(ratios) >= FEW:
+        interval = bootstrap_interval(lambda r: float(r.quantile(0.5)), ratios, n=1000, seed=seed, paired=True)
+    values = (statistics.median(pairs[0]), statistics.median(pairs[1]))
+    return Row(what, network, quantity, float(ratios.quantile(0.5)), interval, values, len(ratios))
+
+
+def trainer_and_by_hand(setting: Setting, steps: int) -> Pairs:
+    """Seconds of the trainer's steps, and of those by hand between them, which train weights of their own."""
+    other, theirs = Setting(setting.path, setting.batch, setting.seed).by_hand(), []
+    ours = setting.fit(steps, lambda step: theirs.append(next(other)))
+    return ours[WARMUP:], theirs[WARMUP:]
+
+
+def cached_and_encoded(setting: Setting, steps: int) -> Pairs:
+    """Seconds of steps on cached latents, and of every other step, which encodes its pictures and captions."""
+    setting.data.encodes = lambda step: step % 2 == 1
+    seconds = setting.fit(2 * steps)[2 * WARMUP :]
+    return seconds[::2], seconds[1::2]
+
+
+def shared_and_copied(setting: Setting, steps: int) -> Pairs:
+    """Seconds of steps whose teacher is the student's base, and of every other step, whose teacher is a copy."""
+    teachers = setting.method.teacher, load(setting.path).denoiser
+
+    def swap(step: int) -> None:
+        setting.method.teacher = teachers[(step + 1) % 2]
+
+    seconds = setting.fit(2 * steps, swap)[2 * WARMUP :]
+    return seconds[::2], seconds[1::2]
+
+
+def weights(setting: Setting) -> Pairs:
+    """Bytes of the base with the student's adapter, and of both with a teacher apart."""
+    one = parameter_bytes(setting.model.denoiser.module)
+    return [one], [one + parameter_bytes(load(setting.path).denoiser.module)]
+
+
+def peaks(other: str, path: str, options: Benchmark) -> Pairs:
+    """Bytes of the trainer as it is and of the other side, `repeats` times, each in a new process."""
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = (
+        "65536"  # glibc then gives freed tensors back at once, and peaks don't jitter
+    )
+    found: tuple[list[float], list[float]] = ([], [])
+    for _ in range(options.repeats):
+        for side, values in zip(("", other), found, strict=True):
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                values.append(pool.submit(peak, side, path, options).result())
+    return found
+
+
+def peak(side: str, path: str, options: Benchmark) -> int:
+    """Bytes that a process of a few steps holds at most, beyond what its imports take."""
+    import stepdistill.families.unet
+    import stepdistill.training.trainer  # noqa: F401
+
+    torch.set_num_threads(1)
+    before = high_water()
+    setting = Setting(path, options.batch, options.seed)
+    if side == COPIES:
+        setting.method.teacher = load(path).denoiser
+    if side == BY_HAND:
+        steps = setting.by_hand()
+        for _ in range(WARMUP):
+            next(steps)
+    else:
+        setting.fit(WARMUP)
+    return high_water() - before
+
+
+def high_water() -> int:
+    """The most bytes this process has held: on the accelerator where there is one, else resident ones."""
+    if torch.accelerator.is_available():
+        return int(torch.accelerator.max_memory_allocated())
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux's ru_maxrss begins with what the parent held when it started this process
+        return 1024 * int(re.findall(r"VmHWM:\s+(\d+)", status.read_text())[0])
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def measure(options: Benchmark, paths: dict[str, str]) -> Iterator[Row]:
+    """All rows; `paths` are the teachers by the keys of `UNETS`."""
+    clocked = "time" if torch.accelerator.is_available() else "CPU time"
+
+    def setting(network: str) -> Setting:
+        return Setting(paths[network], options.batch, options.seed)
+
+    for what, network, pairs in (
+        (BY_HAND, "tiny", trainer_and_by_hand),
+        (BY_HAND, "demo", trainer_and_by_hand),
+        (ENCODING, "demo", cached_and_encoded),
+        (COPIES, "demo", shared_and_copied),
+    ):
+        fits = [pairs(setting(network), options.steps) for _ in range(options.repeats)]
+        ours, theirs = (list(chain.from_iterable(series)) for series in zip(*fits, strict=True))
+        yield compare(what, network, clocked, (ours, theirs), options.seed)
+    for network in ("demo", "wide"):
+        yield compare(COPIES, network, "weights", weights(setting(network)), options.seed)
+        for what in (BY_HAND, COPIES):
+            yield compare(what, network, "peak memory", peaks(what, paths[network], options), options.seed)
+
+
+def main(parsed: Parsed[Benchmark]) -> None:
+    """Measures, writes, prints."""
+    options, rows = parsed.recipe, []
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        paths = {name: save_pipeline(Path(folder) / name, unet, options.seed) for name, unet in UNETS.items()}
+        for row in measure(options, paths):
+            rows.append(asdict(row))
+            print(f"{row.what}, {row.network}, {row.quantity}: {row.ratio:.3f}, interval {row.interval}", flush=True)
+    asked = {name: value for name, value in asdict(options).items() if name != "output"}
+    protocol = {**asked, "warmup": WARMUP, "rank": RANK, "unets": UNETS}
+    text = json.dumps({"protocol": protocol, "environment": environment(), "rows": rows}, indent=1, allow_nan=False)
+    Path(options.output).write_text(text + "\n", encoding="utf-8")
+    print(f"written to {options.output}")
+
+
+if __name__ == "__main__":
+    run(Benchmark, main, __doc__)
