@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 SIZES = 6  # numbers in time_ids; the refiner has 5, an aesthetic score in place of the target size
 ENCODERS = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
+BASE = "refiners are not supported; give --teacher.path a base model such as stabilityai/stable-diffusion-xl-base-1.0"
 
 
 class StableDiffusionXL(Model):
@@ -119,9 +120,6 @@ class StableDiffusionXL(Model):
     def fingerprint(self) -> str:
         facts = (self.autoencoder.facts(), *(text.facts(tokenizer) for tokenizer in self.tokenizers))
         return fingerprint(facts, self.vae, *self.encoders)
-
-
-BASE = "refiners are not supported; give --teacher.path a base model such as stabilityai/stable-diffusion-xl-base-1.0"
 
 
 def _check_base(index: dict[str, Any], name: str) -> None:

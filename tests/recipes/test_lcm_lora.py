@@ -1,32 +1,22 @@
 """The recipe as users run it: bad input ends in one paragraph, a tiny Stable Diffusion folder in an adapter that loads."""
 
-import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
+from recipe_runs import ROOT, load_recipe, run_in_process
 from safetensors.torch import load_file, save_file
 from tiny import tiny_images, tiny_pipeline
 
 from stepdistill.config import parse
 from stepdistill.errors import InputError
 
-ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes" / "lcm_lora.py"
-
-
-def load_recipe(name="lcm_lora"):
-    spec = importlib.util.spec_from_file_location(f"recipe_{name}", ROOT / "recipes" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +51,6 @@ def inputs(tmp_path_factory):
     del tensors["conv_out.weight"]  # Diffusers would fill it with random numbers
     save_file(tensors, weights)
     return folder
-
-
-def run_in_process(recipe, arguments):
-    recipe.main(parse(recipe.Recipe, [str(a) for a in arguments]))
 
 
 BAD = {
