@@ -241,9 +241,8 @@ class Fit:
         """What cannot avoid the global generators (dropout, generate) becomes a function of the step, too."""
         rank = int(self.accelerator.process_index)
         seed = derived_seed(self.config.seed, self.trainer.step, "global", phase, micro_batch, rank)
-        torch.default_generator.manual_seed(
-            seed
-        )  # torch.manual_seed also queues seeds for accelerators that aren't there
+        # not torch.manual_seed, which also queues seeds for accelerators that aren't there
+        torch.default_generator.manual_seed(seed)
         if self.trainer.device.type != "cpu":
             torch.get_device_module(self.trainer.device).manual_seed(seed)
 
