@@ -36,10 +36,9 @@ def launched(mode: str, folder: Path, processes: int) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def agree(folder: Path, other: Path, only: str = "") -> None:
+def agree(folder: Path, other: Path) -> None:
     """The same tensors (weights, moments, averages), counters and losses, up to the order of sums."""
     (tensors, state), (wanted, wanted_state) = saved(folder), saved(other)
-    tensors, wanted = ({n: v for n, v in t.items() if n.startswith(only)} for t in (tensors, wanted))
     assert_close(tensors, wanted, rtol=1e-5, atol=1e-6)
     assert state == wanted_state
     assert_close(rows(folder), rows(other), rtol=1e-5, atol=1e-6)
@@ -77,8 +76,16 @@ def test_two_processes_train_a_lora_of_stable_diffusion_as_one_does(tmp_path: Pa
     for processes in (1, 2):
         tiny_pipeline(tmp_path / str(processes) / "pipeline")
         launched("ranks_sd", tmp_path / str(processes), processes)
-    # a UNet's gradients agree to some 1e-5 of their norm, as they do in 1x8 and 2x4 samples on one process: no moments
-    agree(tmp_path / "2" / "lcm", tmp_path / "1" / "lcm", only="student/")
+    two, one = tmp_path / "2" / "lcm", tmp_path / "1" / "lcm"
+    told, wanted = rows(two), rows(one)
+    assert [row["step"] for row in told] == [row["step"] for row in wanted] == [1, 2, 3, 4, 5, 6]
+    for ours, theirs in zip(told, wanted, strict=True):
+        assert_close(ours["loss"], theirs["loss"], rtol=0, atol=1e-6)
+        # the Huber loss is so narrow (c = .001) that rounding turns some gradients; 1x8 and 2x4 on one process differ as much
+        assert_close(ours["grad_norm"], theirs["grad_norm"], rtol=1e-4, atol=0)
+    (tensors, _), (others, _) = saved(two), saved(one)
+    for name in (n for n in others if n.startswith("student/")):
+        assert_close(tensors[name], others[name], rtol=1e-5, atol=5e-6)  # a step moves a weight by up to 1e-3
 
 
 @pytest.mark.slow
