@@ -1,5 +1,6 @@
 """What every family promises, against the stock pipeline of its checkpoint."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from oracle import FAMILIES, TIMESTEPS, Family, calls, normal, opened, our_run, 
 from torch import Tensor
 
 from stepdistill.batch import Batch
+from stepdistill.families.fingerprint import fingerprint
 from stepdistill.families.pixels import LUMA
 from stepdistill.families.unet import embed_guidance
 from stepdistill.methods.lcm import LCM, LCMConfig
@@ -229,6 +231,17 @@ def test_a_merged_student_computes_the_same_as_a_plain_network(case: tuple[Famil
         torch.testing.assert_close(look(fresh, given), trained, **CLOSE)
 
 
+@pytest.mark.parametrize("name", ["sd-eps", "pixels"])
+def test_a_merged_student_is_in_float32_and_can_be_adapted_again(folders: dict[str, Path], name: str):
+    denoiser = opened(folders[name], torch.bfloat16).denoiser
+    module: Any = merged(denoiser.student(StudentConfig(rank=2)))
+    assert {p.dtype for p in module.parameters()} == {torch.float32}
+    assert not vars(module).keys() & {"peft_config", "_hf_peft_config_loaded"}
+    again = opened(folders[name]).denoiser
+    again.net = module
+    assert len(again.student(StudentConfig(rank=2)).trainable()) == len(denoiser.adapters.parameters("student"))
+
+
 def test_merging_needs_an_adapter(folders: dict[str, Path]):
     with pytest.raises(ValueError, match="expected a LoRA student to merge"):
         merged(opened(folders["pixels"]).denoiser)
@@ -376,6 +389,16 @@ def test_no_two_families_have_the_same_fingerprint_but_those_with_the_same_encod
     assert prints["sd-eps"] == prints["sd-v"] == prints["sd-v-ztsnr"]  # another scheduler changes no latent
     assert len(set(prints.values())) == len(prints) - 3  # both SDXL too
     assert len({opened(folder).denoiser_fingerprint() for folder in folders.values()}) == len(folders)
+
+
+def test_a_fingerprint_is_of_names_and_facts_and_every_bit():
+    weight = torch.nn.Linear(2, 2).requires_grad_(False)
+    other = copy.deepcopy(weight)
+    other.weight[0, 0] = torch.nextafter(other.weight[0, 0], torch.tensor(9.0))
+    first, second = (torch.nn.ModuleDict({name: weight}) for name in ("a", "b"))
+    prints = [fingerprint((1,), first), fingerprint((2,), first), fingerprint((1,), second), fingerprint((1,), weight)]
+    assert len({*prints, fingerprint((1,), torch.nn.ModuleDict({"a": other}))}) == 5
+    assert fingerprint((1,), copy.deepcopy(first)) == prints[0]
 
 
 # guidance as an input
