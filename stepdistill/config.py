@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import textwrap
 from collections.abc import Callable, Iterable
@@ -29,6 +30,16 @@ class CommaList(tuple[str, ...]):
             return tuple(int(w) for w in self)
         except ValueError as error:
             raise InputError(f"expected integers separated by commas, got {','.join(self)!r}") from error
+
+    def floats(self) -> tuple[float, ...]:
+        """The words as finite numbers."""
+        try:
+            numbers = tuple(float(w) for w in self)
+        except ValueError as error:
+            raise InputError(f"expected numbers separated by commas, got {','.join(self)!r}") from error
+        if not all(math.isfinite(number) for number in numbers):
+            raise InputError(f"expected finite numbers separated by commas, got {','.join(self)!r}")
+        return numbers
 
 
 class PromptList(tuple[str, ...]):

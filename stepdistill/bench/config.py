@@ -16,11 +16,13 @@ class EvalConfig:
         images: images made for each row of the table; 0 skips it.
         steps: the student's numbers of steps.
         results: results file with the teacher's rows.
+        reference: file with the statistics of the real images.
     """
 
-    images: int = 640
+    images: int = 1000
     steps: CommaList = CommaList(("8", "4", "2", "1"))  # noqa: RUF009  # immutable
     results: str = "benchmarks/results/demo_teacher.json"
+    reference: str = "benchmarks/results/demo_reference.safetensors"
 
     def __post_init__(self) -> None:
         if self.images < 0 or self.images == 1:

@@ -22,9 +22,12 @@ from ..methods.lcm import LCMConfig
 from ..networks.denoiser import Denoiser
 from .config import EvalConfig
 from .demo import compare_with_teacher
+from .features import JudgeFeatures
 from .generate import generate
 from .grid import picture_grid
 from .judge import Judge
+from .reference import Reference
+from .yardstick import Yardstick
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -102,8 +105,8 @@ def finish(
         pipe = with_export(fresh.pipeline(), folder, info)
         pipe.scheduler = sampling(method, fresh).scheduler
         compare_with_teacher(
-            folder, pipe, bare.pipeline(), Judge.load(DEMO_JUDGE), REPOSITORY / config.results,
-            steps=config.steps.ints(), n=config.images, guidance=info["guidance_scale"],
+            folder, pipe, bare.pipeline(), demo_yardstick(config), REPOSITORY / config.results,
+            steps=config.steps.ints(), guidance=info["guidance_scale"],
         )  # fmt: skip
         print(f"pictures: {folder / 'grid.png'}   table: {folder / 'table.md'}")
         write_card(folder, info, loading_lines(folder, info), folder)  # now that there are scores for it
@@ -111,6 +114,17 @@ def finish(
     print(f"\nload it in stock Diffusers:\n\n{loading_lines(folder, info)}")
     if address:
         print(f"\nuploaded to {address}")
+
+
+def demo_yardstick(config: EvalConfig) -> Yardstick:
+    """What students of the demo teacher are measured with; real images are measured anew where no statistics were shipped."""
+    judge = Judge.load(DEMO_JUDGE)
+    try:
+        reference = Reference.load(REPOSITORY / config.reference, JudgeFeatures(judge))
+    except InputError as error:
+        print(f"measuring real images anew, which takes a minute: {error}")
+        reference = None
+    return Yardstick(judge, (config.images,), reference=reference)
 
 
 def with_export(pipe: Any, folder: Path, info: dict[str, Any]) -> Any:

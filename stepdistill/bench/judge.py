@@ -40,6 +40,7 @@ class Judge(nn.Module):
         layers: list[nn.Module] = []
         for c_in, c_out in pairwise(channels):
             layers += [nn.Conv2d(c_in, c_out, 5, stride=2, padding=2), nn.GroupNorm(4, c_out), nn.SiLU()]
+            layers += [nn.Conv2d(c_out, c_out, 3, padding=1), nn.GroupNorm(4, c_out), nn.SiLU()]
         self.body = nn.Sequential(
             *layers, nn.Flatten(), nn.Linear(channels[-1] * (resolution // 16) ** 2, dim), nn.SiLU()
         )

@@ -21,7 +21,7 @@ from ..randomness import generator
 if TYPE_CHECKING:
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-CLEAR = 5.0  # a ratio is stated only where both distances are at least this many floors
+CLEAR = 5.0  # a ratio is stated only where both distances are this many standard deviations above their floor
 ENOUGH = 10  # images per feature dimension, below which a covariance (and so the distance) is mostly noise
 
 
@@ -48,7 +48,7 @@ def _metric(dim: int) -> FrechetInceptionDistance:
     return FrechetInceptionDistance(feature=_Identity(dim), normalize=False)
 
 
-def _checked(*sets: Tensor) -> list[Tensor]:
+def checked_features(*sets: Tensor) -> list[Tensor]:
     """Feature sets in float64 on the CPU, of one dimension, finite, with at least two images each."""
     for features in sets:
         if features.ndim != 2:
@@ -82,7 +82,7 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
 
     Warns, once, below 10 images per dimension. Raises ValueError for fewer than 2 images, unequal d, nan or inf.
     """
-    a, b = _checked(features_a, features_b)
+    a, b = checked_features(features_a, features_b)
     if min(len(a), len(b)) < ENOUGH * a.shape[1]:
         _warn_small(min(len(a), len(b)), a.shape[1])
     # The distance doesn't change under a common shift, and torchmetrics' uncentred sums lose fewer digits after one.
@@ -93,13 +93,15 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
     return max(0.0, float(metric.compute()))  # equal sets come out as about -1e-12
 
 
-def frechet_to(reference: Tensor) -> Callable[[Tensor], float]:
-    """The distance to one fixed feature set [M, d], with all that depends on it computed once: quick enough to bootstrap.
+def frechet_to(mean: Tensor, cov: Tensor) -> Callable[[Tensor], float]:
+    """The squared Frechet distance of features [N, d] to fixed moments, quick enough to bootstrap.
 
-    With S the root of the reference's covariance, tr (C_ref C)^(1/2) = tr (S C S)^(1/2), whose argument is symmetric.
+    With S the root of the fixed covariance, tr (cov C)^(1/2) = tr (S C S)^(1/2), whose argument is symmetric.
+
+    Args:
+        mean: [d] float64.
+        cov: [d, d] float64, unbiased.
     """
-    (reference,) = _checked(reference)
-    mean, cov = reference.mean(0), reference.T.cov().reshape(reference.shape[1], -1)
     values, vectors = torch.linalg.eigh(cov)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     trace = float(cov.trace())
@@ -112,24 +114,36 @@ def frechet_to(reference: Tensor) -> Callable[[Tensor], float]:
     return distance
 
 
+def kid(features_a: Tensor, features_b: Tensor) -> float:
+    """The kernel distance of two feature sets [N, d] and [M, d] (KID, arXiv 1801.01401): about 0 for one distribution.
+
+    The unbiased estimate of the squared MMD (eq. 4) with the kernel (x y / d + 1)^3 (eq. 3), from all pairs: torchmetrics
+    averages it over subsets that it draws from the global generator. It can be negative. ValueError as `frechet_distance`.
+    """
+    a, b = checked_features(features_a, features_b)
+    within = sum(_kernel_mean(x, x) * len(x) / (len(x) - 1) - _kernel_own(x) / (len(x) - 1) for x in (a, b))
+    return float(within - 2 * _kernel_mean(a, b))
+
+
+def _kernel_mean(x: Tensor, y: Tensor) -> float:
+    """Mean of the kernel over all pairs, in blocks."""
+    sums = [(part @ y.T / y.shape[1] + 1).pow(3).sum() for part in x.split(1_000)]
+    return float(torch.stack(sums).sum()) / (len(x) * len(y))
+
+
+def _kernel_own(x: Tensor) -> float:
+    """Mean of the kernel of each point with itself."""
+    return float((x.square().sum(1) / x.shape[1] + 1).pow(3).mean())
+
+
 def floor(features_real_1: Tensor, features_real_2: Tensor) -> float:
     """The distance of two samples of real images: what a perfect model would score at these numbers of images."""
     return frechet_distance(features_real_1, features_real_2)
 
 
-def is_clear(distance: float, floor: float) -> bool:
-    """Whether a distance stands far enough above its floor (5 x) to be part of a ratio."""
-    return distance >= CLEAR * floor
-
-
-def floor_corrected_ratio(distance: float, baseline: float, floor: float) -> float | None:
-    """(distance - floor) / (baseline - floor), or None where either is too near the floor for a ratio to mean anything.
-
-    All three must be at the same numbers of images.
-    """
-    if floor <= 0 or not (is_clear(distance, floor) and is_clear(baseline, floor)):
-        return None
-    return (distance - floor) / (baseline - floor)
+def is_clear(distance: float, floor: float, spread: float) -> bool:
+    """Whether a distance stands far enough above its floor (5 x the floor's standard deviation) to be part of a ratio."""
+    return distance - floor >= CLEAR * spread
 
 
 def bootstrap_interval(

@@ -1,7 +1,7 @@
 """The table: rows of model x steps x guidance with everything needed to read them, as JSON and as Markdown.
 
-A row without its protocol says nothing, so both travel together: which prompts, seeds and features, how many images, the floor
-at that number, and the machine that the seconds belong to.
+A row without its protocol says nothing, so both travel together: which prompts, seeds and features, how many images, what real
+images score at that number, and the machine that the seconds belong to.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ import torch
 
 from ..errors import InputError
 from .latency import summary
-from .metrics import CLEAR, floor_corrected_ratio, is_clear
+from .metrics import CLEAR, is_clear
 
-SCHEMA = 1
-AT_THE_FLOOR = "near the floor"
+SCHEMA = 2
+TEACHER = "teacher"
+UNCLEAR = "unclear"
+_WIDTH = 2 * 1.96  # of a normal 95 % interval, in standard deviations
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,9 @@ class Row:
         guidance: guidance scale, as the pipeline reads it.
         frechet: distance to the reference images.
         interval: 95 % bootstrap interval of it.
+        kid: kernel distance, unbiased: about 0 for real images.
+        recall: share of real images that lie among these.
+        diversity: mean distance of the features of two images of one caption.
         accuracy: attribute -> share of images that show what was asked for; "all" = every attribute.
         accuracy_interval: 95 % bootstrap interval of "all".
         seconds: per image, raw, one value a timed call.
@@ -47,6 +52,9 @@ class Row:
     guidance: float
     frechet: float
     interval: tuple[float, float]
+    kid: float
+    recall: float
+    diversity: float
     accuracy: dict[str, float]
     accuracy_interval: tuple[float, float]
     seconds: tuple[float, ...]
@@ -57,6 +65,11 @@ class Row:
     def seconds_p50(self) -> float:
         """The median of `seconds`."""
         return summary(self.seconds)["p50"]
+
+    @property
+    def configuration(self) -> tuple[str, int, float]:
+        """What images are made by: model, steps, guidance. Rows that differ in n alone share it."""
+        return self.model, self.steps, self.guidance
 
     @classmethod
     def read(cls, data: dict[str, Any]) -> Row:
@@ -92,8 +105,9 @@ class Results:
 
     Attributes:
         rows: in the order of the table.
-        protocol: at least `features` ({name, hash}), `floor` (number of images, as a string -> the distance of two real
-            samples) and `seeds`; whatever else says how the numbers were made.
+        protocol: at least `features` ({name, hash}), `seeds` and `real` (number of images, as a string -> what so many real
+            images score: frechet, which is the floor, interval, recall, diversity, accuracy); whatever else says how
+            the numbers were made.
         environment: of the machine that made the rows.
         notes: sentences printed under the table.
     """
@@ -136,56 +150,81 @@ class Results:
                 f"expected the fields of schema {SCHEMA}, got others in {path} ({error}); write it again"
             ) from error
 
-    def floor(self, n: int) -> float | None:
-        """The distance of two real samples at n images, if it was measured."""
-        value = self.protocol["floor"].get(str(n))
-        return None if value is None else float(value)
+    def floor(self, n: int) -> tuple[float, float] | None:
+        """The distance of n real images, and its standard deviation by bootstrap, if it was measured."""
+        real = self.protocol["real"].get(str(n))
+        return None if real is None else (real["frechet"], (real["interval"][1] - real["interval"][0]) / _WIDTH)
 
-    def ratio(self, row: Row, baseline: str = "teacher") -> str:
-        """A row's distance as a share of the baseline's at the same steps and number of images, both less the floor.
+    def best(self, n: int, steps: int | None = None) -> Row | None:
+        """The teacher's row of the lowest distance, whatever its guidance: of all, or at one number of steps."""
+        rows = [r for r in self.rows if r.model == TEACHER and r.n == n and steps in (None, r.steps)]
+        return min(rows, key=lambda r: r.frechet, default=None)
 
-        "" where there is no such baseline; "near the floor" where either is within 5 floors, so that a ratio says nothing.
+    def times_best(self, row: Row) -> float | None:
+        """A row's distance over the teacher's lowest, both less the floor; None if either does not clear the floor.
+
+        To clear the floor is to lie above it by 5 times its standard deviation.
         """
-        pairs = [r for r in self.rows if r.model == baseline and (r.steps, r.n) == (row.steps, row.n)]
-        level = self.floor(row.n)
-        if row.model == baseline or not pairs or level is None:
-            return ""
-        value = floor_corrected_ratio(row.frechet, pairs[0].frechet, level)
-        return AT_THE_FLOOR if value is None else f"{value:.2f}"
+        best, floor = self.best(row.n), self.floor(row.n)
+        if best is None or floor is None or not all(is_clear(r.frechet, *floor) for r in (row, best)):
+            return None
+        return (row.frechet - floor[0]) / (best.frechet - floor[0])
+
+    def gap_closed(self, row: Row) -> float | None:
+        """Which share of the way from the teacher at the same steps to the teacher's best a row has gone; 1 is all of it.
+
+        Both ends are the teacher's lowest distances over all guidances. None for the teacher itself, and where the two ends are
+        not 5 standard deviations of the floor apart.
+        """
+        same, best, floor = self.best(row.n, row.steps), self.best(row.n), self.floor(row.n)
+        if row.model == TEACHER or same is None or best is None or floor is None:
+            return None
+        if not is_clear(same.frechet, best.frechet, floor[1]):
+            return None
+        return (same.frechet - row.frechet) / (same.frechet - best.frechet)
 
     def markdown(self) -> str:
         """The table with padded cells, which reads well as plain text too, and under it what one has to know to read it."""
-        attributes = [name for name in self.rows[0].accuracy if name != "all"] if self.rows else []
-        head = ["model", "steps", "guidance", "evaluations", "Frechet distance", "vs teacher, same steps", "all right"]
-        cells = [self._cells(row, attributes) for row in self.rows]
-        return "\n".join([*aligned([*head, *attributes, "s / image", "N"], cells), "", *self._legend()]) + "\n"
+        head = ["model", "steps", "guidance", "evaluations", "Frechet distance", "x teacher's best", "gap closed"]
+        head += ["recall", "diversity", "all right", "lowest attribute", "s / image", "N"]
+        return "\n".join([*aligned(head, [self._cells(row) for row in self.rows]), "", *self._legend()]) + "\n"
 
-    def _cells(self, row: Row, attributes: Sequence[str]) -> list[str]:
-        level = self.floor(row.n)
-        mark = "" if level is None or is_clear(row.frechet, level) else " *"
-        low, high = row.accuracy_interval
+    def _cells(self, row: Row) -> list[str]:
+        times, gap, (low, high) = self.times_best(row), self.gap_closed(row), row.accuracy_interval
+        lowest = min((name for name in row.accuracy if name != "all"), key=lambda name: row.accuracy[name])
         return [
             row.model,
             str(row.steps),
             f"{row.guidance:g}",
             f"{row.evaluations:g}",
-            f"{row.frechet:.3g} [{row.interval[0]:.3g}, {row.interval[1]:.3g}]{mark}",
-            self.ratio(row),
+            f"{row.frechet:.3g} [{row.interval[0]:.3g}, {row.interval[1]:.3g}]",
+            UNCLEAR if times is None else f"{times:.2f}",
+            "" if gap is None else f"{gap:.0%}",
+            f"{row.recall:.2f}",
+            f"{row.diversity:.3g}",
             f"{row.accuracy['all']:.1%} [{low:.1%}, {high:.1%}]",
-            *(f"{row.accuracy[name]:.1%}" for name in attributes),
-            f"{row.seconds_p50:.3g}",
+            f"{lowest} {row.accuracy[lowest]:.1%}",
+            f"{row.seconds_p50:.3g}" if row.seconds else "",
             str(row.n),
         ]
 
     def _legend(self) -> list[str]:
-        floors = ", ".join(f"{value:.3g} at N = {n}" for n, value in self.protocol["floor"].items())
         features = self.protocol["features"]
+        used = {str(row.n) for row in self.rows}
         lines = [
-            f"Frechet distance by {features['name']} ({features['hash']}), lower is better. Brackets: 95 % bootstrap.",
-            f"Floor (two samples of real images): {floors}. Ratios are less the floor and stated past {CLEAR:g} floors only.",
+            f"Frechet distance by {features['name']} ({features['hash']}), lower is better. Brackets: 95 % bootstrap."
         ]
-        if any((level := self.floor(row.n)) is not None and not is_clear(row.frechet, level) for row in self.rows):
-            lines.append(f"* within {CLEAR:g} floors: too near to them for a ratio; go by the intervals.")
+        lines += [
+            f"{n} real images of the same captions: distance {real['frechet']:.3g} (the floor), recall {real['recall']:.2f}, "
+            f"diversity {real['diversity']:.3g}, {real['accuracy']['all']:.1%} all right."
+            for n, real in self.protocol["real"].items()
+            if n in used
+        ]
+        lines += [
+            f"x teacher's best: distance less the floor, over the teacher's lowest at this N less the floor. {UNCLEAR}: "
+            f"less than {CLEAR:g} standard deviations of the floor above it.",
+            "Gap closed: which share of the way from the teacher's lowest distance at the same steps to its lowest of all.",
+        ]
         return [f"- {line}" for line in [*lines, *self.notes]]
 
 

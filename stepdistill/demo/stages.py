@@ -223,8 +223,8 @@ class JudgingConfig:
         shift: largest displacement in pixels, along each axis; 1 leaves every position's name true.
     """
 
-    noise: float = 0.15
-    blur: float = 0.3
+    noise: float = 0.1
+    blur: float = 0.2
     shift: int = 1
 
 

@@ -1,8 +1,9 @@
-"""The demo world: captioned images of one object on a background, drawn by code, as many as you ask for.
+"""The demo world: captioned images of two objects on a textured ground, drawn by code, as many as you ask for.
 
-Everything is a pure function of (seed, index). The five attributes are independent and uniform and the captions name
-them all, so what a generated image *should* show is known, and a small classifier can tell how often it does. Jitter in
-place, size, rotation and colour makes every image a different one.
+Everything is a pure function of (seed, index). The attributes are independent and uniform and the captions name them all,
+so what a generated image *should* show is known, and a small classifier can tell how often it does. As much is left open:
+where the objects are, how large and how turned, and how the texture lies. The mean of all that a caption allows is a blur,
+which is what a single step of a diffusion model draws, so this is a world in which few steps hurt.
 
 Shapes are signed distance functions (after https://iquilezles.org/articles/distfunctions2d/); edges are one pixel wide.
 """
@@ -30,28 +31,34 @@ Phrases = dict[str, tuple[str, ...]]
 
 TRAIN_SEED, REFERENCE_SEED, TEST_SEED = 101, 202, 303  # worlds that share no image; metrics compare with the second
 
+SHAPES: Phrases = {
+    "circle": ("circle", "disc"),
+    "square": ("square",),
+    "triangle": ("triangle",),
+    "star": ("star",),
+    "cross": ("cross", "plus"),
+    "ring": ("ring", "hoop"),
+}
+COLOUR_NAMES: Phrases = {
+    "red": ("red",),
+    "orange": ("orange",),
+    "yellow": ("yellow",),
+    "green": ("green",),
+    "cyan": ("cyan", "turquoise"),
+    "blue": ("blue",),
+    "purple": ("purple", "violet"),
+    "pink": ("pink",),
+}
 PHRASES: dict[str, Phrases] = {  # attribute -> value -> the ways in which a caption names it
-    "shape": {
-        "circle": ("circle", "disc"),
-        "square": ("square",),
-        "triangle": ("triangle",),
-        "star": ("star",),
-        "heart": ("heart",),
-        "cross": ("cross", "plus"),
-        "ring": ("ring", "hoop"),
-        "diamond": ("diamond", "rhombus"),
+    "layout": {  # where the first object is, seen from the second; _MIRRORED has the same seen from the other
+        "beside": ("left of", "to the left of"),
+        "stacked": ("above", "over", "on top of"),
     },
-    "colour": {
-        "red": ("red",),
-        "orange": ("orange",),
-        "yellow": ("yellow",),
-        "green": ("green",),
-        "cyan": ("cyan", "turquoise"),
-        "blue": ("blue",),
-        "purple": ("purple", "violet"),
-        "pink": ("pink",),
-    },
-    "background": {
+    "first shape": SHAPES,
+    "first colour": COLOUR_NAMES,
+    "second shape": SHAPES,
+    "second colour": COLOUR_NAMES,
+    "ground": {
         "white": ("white",),
         "black": ("black",),
         "grey": ("grey", "gray"),
@@ -59,29 +66,22 @@ PHRASES: dict[str, Phrases] = {  # attribute -> value -> the ways in which a cap
         "navy": ("navy",),
         "cream": ("cream", "beige"),
     },
-    "size": {
-        "small": ("small", "little", "tiny"),
-        "medium": ("medium", "medium sized"),
-        "large": ("large", "big"),
-    },
-    "position": {
-        "left": ("on the left", "at the left"),
-        "right": ("on the right", "at the right"),
-        "top": ("at the top", "near the top"),
-        "bottom": ("at the bottom", "near the bottom"),
-        "centre": ("in the middle", "at the centre", "in the center"),
+    "texture": {
+        "plain": ("a plain {} background", "plain {}"),
+        "stripes": ("{} stripes", "a striped {} background"),
+        "checks": ("{} checks", "a checkered {} background"),
+        "dots": ("{} dots", "a dotted {} background"),
     },
 }
 ATTRIBUTES: dict[str, tuple[str, ...]] = {name: tuple(values) for name, values in PHRASES.items()}
 
+_MIRRORED = {"beside": ("right of", "to the right of"), "stacked": ("below", "under")}
 _TEMPLATES = (
-    "a {size} {colour} {shape} {position} of a {background} background",
-    "a {size} {colour} {shape} on a {background} background, {position}",
-    "on a {background} background, a {size} {colour} {shape} {position}",
-    "{position} of a {background} background there is a {size} {colour} {shape}",
-    "a {background} picture with a {size} {colour} {shape} {position}",
-    "a {shape} {position} of a {background} background, {size} and {colour}",
-    "{size} {colour} {shape}, {position}, {background} background",
+    "a {one} {relation} a {other} on {ground}",
+    "on {ground}, a {one} {relation} a {other}",
+    "{ground} with a {one} {relation} a {other}",
+    "there is a {one} {relation} a {other}, on {ground}",
+    "{one} {relation} {other}, {ground}",
 )
 
 COLOURS: dict[str, tuple[int, int, int]] = {  # sRGB, no two closer than 90: several times the jitter
@@ -93,21 +93,36 @@ COLOURS: dict[str, tuple[int, int, int]] = {  # sRGB, no two closer than 90: sev
     "blue": (40, 92, 236),
     "purple": (142, 44, 196),
     "pink": (244, 116, 188),
-    "white": (246, 246, 246),
-    "black": (12, 12, 12),
+    "white": (226, 226, 226),
+    "black": (30, 30, 30),
     "grey": (128, 128, 128),
     "brown": (112, 70, 36),
-    "navy": (20, 28, 100),
-    "cream": (236, 214, 160),
+    "navy": (28, 36, 104),
+    "cream": (224, 202, 150),
 }
 
-# In pixels of a 64x64 image, from its centre, y down. An object reaches no further than its radius along x and y, so
-# the tightest case (large) still leaves one pixel of background: 9 + 1 + 21 = 31 of 32.
-RADII = {"small": (8.5, 10.0), "medium": (13.5, 15.0), "large": (19.5, 21.0)}
-OFFSETS = {"small": 18.0, "medium": 14.0, "large": 9.0}
-DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1), "centre": (0, 0)}
-SHIFT, TILT = 1.0, 8.0  # half-widths of the jitter: pixels, degrees
-TINT, SHADE = 10.0, 5.0  # and levels of 255: each channel of the object, all channels of the background together
+# In pixels of a 64x64 image. The pair lies anywhere as long as it is whole.
+RADIUS = (7.5, 10.5)
+DISTANCE = (23.0, 30.0)  # of the two centres along the layout's axis
+ASIDE = 7.0  # half-width of their offset across it
+TILT = 20.0  # half-width of an object's rotation in degrees
+MARGIN = 1.0
+PERIODS = {"plain": (1.0, 1.0), "stripes": (9.0, 12.0), "checks": (16.0, 20.0), "dots": (10.0, 13.0)}
+CONTRAST = 26.0  # of a texture's two tones from the ground's colour, in levels of 255
+TINT, SHADE = 10.0, 5.0  # half-widths: each channel of an object, all channels of the ground together
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One object: its shape and colour, centre and reach in pixels of a 64x64 image, rotation in degrees, RGB added."""
+
+    shape: str
+    colour: str
+    cx: float
+    cy: float
+    radius: float
+    angle: float = 0.0
+    tint: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -115,49 +130,92 @@ class Scene:
     """One image, before it is drawn.
 
     Attributes:
-        shape, colour, background, size, position: values out of `ATTRIBUTES`.
-        cx, cy, radius: the object's centre and reach in pixels of a 64x64 image.
-        angle: rotation in degrees; 0 for circles and rings.
-        tint: added to the object's RGB, in levels of 255.
-        shade: added to all three channels of the background.
+        layout: "beside" (first is left of second) or "stacked" (first is above second).
+        first, second: the objects.
+        ground, texture: values out of `ATTRIBUTES`.
+        shade: added to all three channels of the ground.
+        period: of the texture, in pixels of a 64x64 image.
+        turn: of the texture, in degrees.
+        phase: of the texture along its two axes, in periods.
     """
 
-    shape: str
-    colour: str
-    background: str
-    size: str
-    position: str
-    cx: float
-    cy: float
-    radius: float
-    angle: float = 0.0
-    tint: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    layout: str
+    first: Thing
+    second: Thing
+    ground: str
+    texture: str
     shade: float = 0.0
+    period: float = 1.0
+    turn: float = 0.0
+    phase: tuple[float, float] = (0.0, 0.0)
 
 
 def scene(seed: int, index: int) -> Scene:
-    """Scene number `index` of the world `seed`: five independent uniform attributes and the jitter."""
+    """Scene number `index` of the world `seed`: independent uniform attributes, and all that captions leave open."""
     g = generator(int(seed), "world/scene", int(index))
-    shape, colour, background, size, position = (values[g.integers(len(values))] for values in ATTRIBUTES.values())
-    radius = float(g.uniform(*RADII[size]))
-    cx, cy = (32 + OFFSETS[size] * d + float(g.uniform(-SHIFT, SHIFT)) for d in DIRECTIONS[position])
+    return _posed(g, tuple(v[g.integers(len(v))] for v in ATTRIBUTES.values()))
+
+
+def variant(scene: Scene, seed: int, index: int, number: int) -> Scene:
+    """Another scene of the same attributes, which every caption of scene number `index` fits as well."""
+    return _posed(generator(int(seed), "world/variant", int(index), int(number)), values(scene))
+
+
+def _posed(g: np.random.Generator, attributes: tuple[str, ...]) -> Scene:
+    """A scene of these attributes, with all that captions leave open drawn from `g`."""
+    layout, s1, c1, s2, c2, ground, texture = attributes
+    r1, r2 = (float(g.uniform(*RADIUS)) for _ in range(2))
+    gap, aside = float(g.uniform(*DISTANCE)), float(g.uniform(-ASIDE, ASIDE))
+    dx, dy = (gap, aside) if layout == "beside" else (aside, gap)
+    x1, y1 = (_place(g, d, r1, r2) for d in (dx, dy))
+    places = ((s1, c1, x1, y1, r1), (s2, c2, x1 + dx, y1 + dy, r2))
+    first, second = (Thing(s, c, x, y, r, _tilt(g, s), _tint(g)) for s, c, x, y, r in places)
+    shade, period = float(g.uniform(-SHADE, SHADE)), float(g.uniform(*PERIODS[texture]))
+    turn = float(g.uniform(0, 180))
+    return Scene(layout, first, second, ground, texture, shade, period, turn, (float(g.random()), float(g.random())))
+
+
+def _place(g: np.random.Generator, d: float, r1: float, r2: float) -> float:
+    """A coordinate of the first centre such that both objects, `d` apart, are whole."""
+    low, high = max(r1, r2 - d) + MARGIN, 64 - MARGIN - max(r1, r2 + d)
+    return float(g.uniform(low, high))
+
+
+def _tilt(g: np.random.Generator, shape: str) -> float:
     angle = float(g.uniform(-TILT, TILT))
-    red, green, blue, shade = (float(g.uniform(-half, half)) for half in (TINT, TINT, TINT, SHADE))
-    angle = 0.0 if shape in ("circle", "ring") else angle
-    return Scene(shape, colour, background, size, position, cx, cy, radius, angle, (red, green, blue), shade)
+    return 0.0 if shape in ("circle", "ring") else angle
+
+
+def _tint(g: np.random.Generator) -> tuple[float, float, float]:
+    red, green, blue = (float(g.uniform(-TINT, TINT)) for _ in range(3))
+    return red, green, blue
+
+
+def values(scene: Scene) -> tuple[str, ...]:
+    """The scene's attributes in the order of `ATTRIBUTES`."""
+    one, two = scene.first, scene.second
+    return scene.layout, one.shape, one.colour, two.shape, two.colour, scene.ground, scene.texture
 
 
 def labels(scene: Scene) -> tuple[int, ...]:
     """Each attribute's index in its row of `ATTRIBUTES`."""
-    return tuple(values.index(getattr(scene, name)) for name, values in ATTRIBUTES.items())
+    return tuple(options.index(v) for options, v in zip(ATTRIBUTES.values(), values(scene), strict=True))
 
 
 def caption(scene: Scene, seed: int, index: int) -> str:
-    """A caption that names all five attributes; template and synonyms are drawn from (seed, index)."""
+    """A caption that names all attributes; template, synonyms and point of view are drawn from (seed, index)."""
     g = generator(int(seed), "world/caption", int(index))
-    choices = {name: PHRASES[name][getattr(scene, name)] for name in ATTRIBUTES}
-    words = {name: options[g.integers(len(options))] for name, options in choices.items()}
-    return _TEMPLATES[g.integers(len(_TEMPLATES))].format(**words)
+
+    def pick(options: Sequence[str]) -> str:
+        return options[g.integers(len(options))]
+
+    words = {name: pick(PHRASES[name][v]) for name, v in zip(ATTRIBUTES, values(scene), strict=True)}
+    one, other = f"{words['first colour']} {words['first shape']}", f"{words['second colour']} {words['second shape']}"
+    relation = words["layout"]
+    if g.integers(2):
+        one, other, relation = other, one, pick(_MIRRORED[scene.layout])
+    ground = words["texture"].format(words["ground"])
+    return pick(_TEMPLATES).format(one=one, other=other, relation=relation, ground=ground)
 
 
 def tokens(text: str) -> list[str]:
@@ -167,9 +225,10 @@ def tokens(text: str) -> list[str]:
 
 def vocabulary() -> tuple[str, ...]:
     """Every token that a caption can contain, sorted."""
-    blank = dict.fromkeys(ATTRIBUTES, "")
+    blank = dict.fromkeys(("one", "other", "relation", "ground"), "")
     texts = [template.format(**blank) for template in _TEMPLATES]
-    texts += [phrase for values in PHRASES.values() for options in values.values() for phrase in options]
+    texts += [p.format("") for phrases in PHRASES.values() for options in phrases.values() for p in options]
+    texts += [p for options in _MIRRORED.values() for p in options]
     return tuple(sorted({token for text in texts for token in tokens(text)}))
 
 
@@ -202,40 +261,59 @@ def _ring(x: Array, y: Array) -> Array:
     return np.abs(np.hypot(x, y) - 0.74) - 0.22
 
 
-def _heart(x: Array, y: Array) -> Array:
-    zoom = 1.56  # the textbook heart is 1.21 wide and 1.10 high, with its tip at the origin and y up
-    x, y = np.abs(x) / zoom, 0.57 - y / zoom
-    lobe = np.hypot(x - 0.25, y - 0.75) - math.sqrt(2) / 4
-    fold = 0.5 * np.maximum(x + y, 0)
-    body = np.sqrt(np.minimum(x**2 + (y - 1) ** 2, (x - fold) ** 2 + (y - fold) ** 2)) * np.sign(x - y)
-    return zoom * np.where(x + y > 1, lobe, body)
-
-
 _CROSS = ((0, -0.95), (0.3, -0.95), (0.3, -0.3), (0.95, -0.3), (0.95, 0.3), (0.3, 0.3), (0.3, 0.95), (0, 0.95))
 
-# In units of the radius. The reach along x and y stays within 1 at any tilt up to 8 degrees.
+# In units of the radius.
 _DISTANCES: dict[str, Callable[[Array, Array], Array]] = {
     "circle": _circle,
     "square": _outline((0, -0.82), (0.82, -0.82), (0.82, 0.82), (0, 0.82)),
     "triangle": _outline((0, -1), (0.91, 0.67), (0, 0.67)),
     "star": _star(),
-    "heart": _heart,
     "cross": _outline(*_CROSS),
     "ring": _ring,
-    "diamond": _outline((0, -1), (0.78, 0), (0, 1)),
 }
 
 
+def _cover(distance: Array) -> Array:
+    """Share of each pixel inside, from the signed distance to the edge in pixels; exact for a straight edge."""
+    return np.clip(0.5 - distance, 0, 1)[..., None]
+
+
+def _wave(u: Array) -> Array:
+    """Signed distance, in periods, to the bright half of a square wave of period 1."""
+    return np.abs(u - np.floor(u) - 0.5) - 0.25
+
+
+def _texture(scene: Scene, x: Array, y: Array) -> Array:
+    """Signed distance to the bright tone, in pixels of a 64x64 image."""
+    cos, sin = math.cos(math.radians(scene.turn)), math.sin(math.radians(scene.turn))
+    u = (cos * x + sin * y) / scene.period + scene.phase[0]
+    v = (cos * y - sin * x) / scene.period + scene.phase[1]
+    if scene.texture == "stripes":
+        distance = _wave(u)
+    elif scene.texture == "checks":  # bright where both waves are, or neither
+        a, b = _wave(u), _wave(v)
+        distance = np.maximum(np.minimum(a, b), -np.maximum(a, b))
+    else:
+        distance = np.hypot(u - np.floor(u) - 0.5, v - np.floor(v) - 0.5) - 0.3
+    return distance * scene.period
+
+
 def render(scene: Scene, resolution: int = 64) -> np.ndarray:
-    """The image of a scene, uint8 [resolution, resolution, 3]: the object laid over the background by its coverage."""
-    axis = (np.arange(resolution) + 0.5) * (64 / resolution)  # pixel centres
-    cos, sin = math.cos(math.radians(scene.angle)), math.sin(math.radians(scene.angle))
-    x, y = (axis[None, :] - scene.cx) / scene.radius, (axis[:, None] - scene.cy) / scene.radius
-    distance = _DISTANCES[scene.shape](cos * x + sin * y, cos * y - sin * x)
-    coverage = np.clip(0.5 - distance * (scene.radius * resolution / 64), 0, 1)[..., None]  # exact for a straight edge
-    front = np.clip(np.add(COLOURS[scene.colour], scene.tint), 0, 255)
-    back = np.clip(np.add(COLOURS[scene.background], scene.shade), 0, 255)
-    return np.rint(back + coverage * (front - back)).astype(np.uint8)
+    """The image of a scene, uint8 [resolution, resolution, 3]: ground, texture, first and second object."""
+    scale = resolution / 64
+    axis = (np.arange(resolution) + 0.5) / scale  # pixel centres
+    x, y = np.meshgrid(axis, axis)
+    image = np.broadcast_to(np.add(COLOURS[scene.ground], scene.shade), (*x.shape, 3))
+    if scene.texture != "plain":
+        image = image + CONTRAST * (2 * _cover(_texture(scene, x, y) * scale) - 1)
+    for thing in (scene.first, scene.second):
+        cos, sin = math.cos(math.radians(thing.angle)), math.sin(math.radians(thing.angle))
+        u, v = (x - thing.cx) / thing.radius, (y - thing.cy) / thing.radius
+        distance = _DISTANCES[thing.shape](cos * u + sin * v, cos * v - sin * u)
+        cover = _cover(distance * thing.radius * scale)
+        image = image + cover * (np.add(COLOURS[thing.colour], thing.tint) - image)
+    return np.rint(np.clip(image, 0, 255)).astype(np.uint8)
 
 
 @dataclass(frozen=True)
@@ -250,7 +328,15 @@ class World:
 
     def pixels(self, indices: Sequence[int]) -> Tensor:
         """[B, 3, resolution, resolution] float32 in [-1, 1]."""
-        images = np.stack([render(s, self.resolution) for s in self._scenes(indices)])
+        return self._drawn(self._scenes(indices))
+
+    def variants(self, indices: Sequence[int], count: int) -> Tensor:
+        """[B * count, 3, resolution, resolution] float32 in [-1, 1]: `count` other images of each caption, in its order."""
+        scenes = zip(indices, self._scenes(indices), strict=True)
+        return self._drawn([variant(s, self.seed, i, number) for i, s in scenes for number in range(count)])
+
+    def _drawn(self, scenes: Iterable[Scene]) -> Tensor:
+        images = np.stack([render(s, self.resolution) for s in scenes])
         return torch.from_numpy(images).permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous()
 
     def captions(self, indices: Sequence[int]) -> list[str]:
@@ -258,7 +344,7 @@ class World:
         return [caption(scene(self.seed, i), self.seed, i) for i in indices]
 
     def labels(self, indices: Sequence[int]) -> Tensor:
-        """[B, 5] int64, columns in the order of `ATTRIBUTES`."""
+        """[B, 7] int64, columns in the order of `ATTRIBUTES`."""
         return torch.tensor([labels(s) for s in self._scenes(indices)], dtype=torch.int64)
 
     def write_folder(self, path: str | os.PathLike[str], count: int) -> None:

@@ -1,0 +1,79 @@
+"""The demo's student at several training seeds beside its teacher: writes benchmarks/results/demo_lcm_lora.json.
+
+Runs recipes/lcm_lora.py with its demo settings once a seed, or takes the results of runs that are finished, and collects the
+students' rows under the teacher's lowest row at each number of steps: python benchmarks/demo_lcm_lora.py
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from stepdistill.config import CommaList, Parsed, run
+from stepdistill.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass
+class Benchmark:
+    """Students of the demo teacher.
+
+    Attributes:
+        seeds: of the trainings.
+        images: a row.
+        threads: CPU threads; 0 leaves PyTorch's own choice.
+        runs: folder of the run folders.
+        teacher: results file with the teacher's rows.
+        output: the results file.
+    """
+
+    seeds: CommaList = field(default_factory=lambda: CommaList.parse("0,1,2"))
+    images: int = 5000
+    threads: int = 0
+    runs: str = str(ROOT / "out" / "demo_seeds")
+    teacher: str = str(ROOT / "benchmarks" / "results" / "demo_teacher.json")
+    output: str = str(ROOT / "benchmarks" / "results" / "demo_lcm_lora.json")
+
+
+def command(folder: Path, seed: int, images: int, threads: int) -> list[str]:
+    """What trains and measures one student."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    launch += ["--num_cpu_threads_per_process", str(threads)] if threads else []
+    flags = {"output_dir": folder, "train.seed": seed, "eval.images": images, "train.resume_from_checkpoint": "latest"}
+    return [*launch, str(ROOT / "recipes" / "lcm_lora.py"), *(f"--{name}={value}" for name, value in flags.items())]
+
+
+def main(parsed: Parsed[Benchmark]) -> None:
+    """Runs what is missing, collects, writes, prints."""
+    from stepdistill.bench.demo import STUDENT
+    from stepdistill.bench.table import TEACHER, Results, Row
+
+    options, rows = parsed.recipe, list[Row]()
+    teacher = Results.read(options.teacher)
+    last = teacher
+    for seed in options.seeds.ints():
+        folder = Path(options.runs) / str(seed)
+        results = folder / "results.json"
+        if not results.is_file():
+            subprocess.run(command(folder, seed, options.images, options.threads), check=True, cwd=ROOT)
+        last = Results.read(results)
+        rows += [replace(r, model=f"{STUDENT}, seed {seed}") for r in last.rows if r.model == STUDENT]
+        if {r.n for r in last.rows if r.model == STUDENT} != {options.images}:
+            raise InputError(
+                f"expected rows of {options.images} images in {results}, got others; delete it and run again"
+            )
+    of_n = Results([r for r in teacher.rows if r.n == options.images], teacher.protocol)
+    lowest = [of_n.best(options.images, steps) for steps in sorted({r.steps for r in of_n.rows}, reverse=True)]
+    teachers = [row for row in lowest if row is not None]
+    note = f"{TEACHER}: of each number of steps the guidance of the lowest distance."
+    merged = Results([*teachers, *rows], teacher.protocol, last.environment, [note])
+    merged.write(options.output)
+    print(f"{merged.markdown()}\nwritten to {options.output}")
+
+
+if __name__ == "__main__":
+    run(Benchmark, main, __doc__)
