@@ -1,8 +1,8 @@
 """Latent consistency distillation (arXiv 2310.04378), as LCM-LoRA trains it (arXiv 2311.05556).
 
 The student learns to jump from any point of the teacher's guided ODE to its end, by agreeing with itself one teacher step
-further on. With a LoRA student the target is the same network without gradient, adapters ON; the teacher is adapters OFF.
-A full student agrees with a slow average of itself, and is told the guidance w that it is to jump with.
+further on. With a LoRA student the target is the same network without gradient, adapters ON, or an average of its adapter;
+the teacher is adapters OFF. A full student agrees with a slow average of itself, and is told which guidance w to jump with.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from ..method import Losses, Method
 from ..networks.denoiser import Denoiser
 from ..networks.network import Network
 
+DECAY = 0.95  # mu of a full student's average
+
 
 @dataclass
 class LCMConfig:
@@ -39,7 +41,8 @@ class LCMConfig:
         huber_c: constant of the pseudo-Huber loss.
         timestep_scaling: k of c_skip and c_out; LCMScheduler must use the same.
         sigma_data: of c_skip and c_out.
-        target_decay: of the average of a full student that it is trained towards; 0 is the student itself. Not for LoRA.
+        target_decay: of the average of the student that it is trained towards; 0 is the student itself. By default 0.95
+            for a full student, as in the paper, and 0 for a LoRA, as in LCM-LoRA.
     """
 
     w_min: float = 5.0
@@ -49,7 +52,7 @@ class LCMConfig:
     huber_c: float = 0.001
     timestep_scaling: float = 10.0
     sigma_data: float = 0.5
-    target_decay: float = 0.95
+    target_decay: float | None = None
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.w_min <= self.w_max:
@@ -60,7 +63,7 @@ class LCMConfig:
             raise InputError(f"expected num_ddim_timesteps >= 2, got {self.num_ddim_timesteps}; 50 is usual")
         if not self.huber_c > 0:
             raise InputError(f"expected huber_c > 0, got {self.huber_c}; 0.001 is usual")
-        if not 0.0 <= self.target_decay < 1.0:
+        if self.target_decay is not None and not 0.0 <= self.target_decay < 1.0:
             raise InputError(f"expected target_decay in [0, 1), got {self.target_decay}; fix --method.target_decay")
 
 
@@ -76,8 +79,9 @@ class LCM(Method):
 
     def __init__(self, config: LCMConfig, student: Denoiser, teacher: Denoiser) -> None:
         self.config, self.student, self.teacher = config, student, teacher
-        averaged = student.adapters is None and config.target_decay > 0
-        self.target = student.frozen_copy() if averaged else student  # theta^-
+        default = DECAY if student.adapters is None else 0.0
+        self.decay = default if config.target_decay is None else config.target_decay
+        self.target = student.frozen_copy() if self.decay > 0 else student  # theta^-
         self.schedule = teacher.schedule
         self.grid = self.schedule.grid(config.num_ddim_timesteps)  # t_N = 1 > ... > t_0 = 0
         if isinstance(self.schedule, Tabulated):
@@ -118,10 +122,10 @@ class LCM(Method):
         """theta^- <- mu theta^- + (1 - mu) theta, the last line of Algorithm 1."""
         if self.target is self.student:
             return
-        average, weights = dict(self.target.module.named_parameters()), self.student.named_trainable()
-        torch._foreach_lerp_(
-            [average[name] for name in weights], list(weights.values()), 1.0 - self.config.target_decay
-        )
+        weights = self.student.named_trainable()
+        whole = self.target.adapters is None
+        average = dict(self.target.module.named_parameters()) if whole else self.target.state()
+        torch._foreach_lerp_([average[name] for name in weights], list(weights.values()), 1.0 - self.decay)
 
     def guided(self, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond, w: Tensor) -> Prediction:
         """The teacher's prediction with guidance w [B], conditional and unconditional half in one forward."""

@@ -87,17 +87,56 @@ def test_only_the_student_learns() -> None:
     assert any(bool(p.grad.any()) for p in method.student.module.parameters())
 
 
-def test_without_decay_and_for_a_lora_the_target_is_the_student_itself() -> None:
+class Net(Denoiser):
+    def __init__(self) -> None:
+        super().__init__(nn.Sequential(nn.Linear(3, 3)), sd_table(), "eps")
+
+    def call(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        return self.net(x_t)
+
+
+def adapted(config: LCMConfig) -> LCM:
+    teacher = Net()
+    return LCM(config, teacher.with_lora(LoraSpec(2, 2.0, ("0",))), teacher)
+
+
+def test_a_full_student_has_an_average_by_default_and_a_lora_has_none() -> None:
+    assert linear(LCMConfig()).decay == 0.95
     assert set(linear(LCMConfig(target_decay=0.0)).networks()) == {"student"}
+    for config in (LCMConfig(), LCMConfig(target_decay=0.0)):
+        method = adapted(config)
+        assert method.target is method.student and set(method.networks()) == {"student"}
+        method.after_step()
 
-    class Net(Denoiser):
-        def call(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-            return self.net(x_t)
 
-    teacher = Net(nn.Sequential(nn.Linear(3, 3)), sd_table(), "eps")
-    method = LCM(LCMConfig(target_decay=0.95), teacher.with_lora(LoraSpec(2, 2.0, ("0",))), teacher)
-    assert method.target is method.student
+def test_a_lora_may_agree_with_an_average_of_its_adapter() -> None:
+    method = adapted(LCMConfig(target_decay=0.9))
+    assert set(method.networks()) == {"student", "target"}
+    student, target = method.student.named_trainable(), method.target.state()
+    assert set(student) == set(target) and not method.target.trainable()
+    start = {name: value.clone() for name, value in target.items()}
+    with torch.no_grad():
+        for parameter in student.values():
+            parameter.add_(1.0)
     method.after_step()
+    assert_close(target, {name: value + 0.1 for name, value in start.items()})
+
+    x, t = torch.randn(2, 3, generator=torch.Generator().manual_seed(0)), torch.tensor([0.5, 0.5]).double()
+    base = method.teacher.output(x, t, {})
+    for network, part in (
+        (method.student, student),
+        (method.target, target),
+    ):  # each computes with its own, the teacher with none
+        a, b = (next(v for n, v in part.items() if letter in n) for letter in ("lora_A", "lora_B"))
+        assert_close(network.output(x, t, {}), base + x @ a.T @ b.T)
+
+
+def test_the_average_of_an_adapter_learns_nothing() -> None:
+    method = adapted(LCMConfig(target_decay=0.9))
+    method.training_step(Batch(torch.randn(4, 3), {}, {}, StepRandom(0, 0, range(4)))).total.backward()
+    assert all(p.grad is not None for p in method.student.trainable())
+    named = dict(method.student.module.named_parameters())
+    assert not [n for n, p in named.items() if "student." not in n and p.grad is not None]
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0])
