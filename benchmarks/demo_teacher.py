@@ -41,7 +41,7 @@ class Benchmark:
     judge: str | None = None
     steps: CommaList = field(default_factory=lambda: CommaList.parse("50,25,8,4,2,1"))
     guidance: CommaList = field(default_factory=lambda: CommaList.parse("1,2,3"))
-    n: CommaList = field(default_factory=lambda: CommaList.parse("1000,5000"))
+    n: CommaList = field(default_factory=lambda: CommaList.parse("1200,5000"))
     seed: int = 0
     threads: int = 0
     real: int = 20_000

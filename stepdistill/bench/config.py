@@ -19,7 +19,7 @@ class EvalConfig:
         reference: file with the statistics of the real images.
     """
 
-    images: int = 1000
+    images: int = 1200
     steps: CommaList = CommaList(("8", "4", "2", "1"))  # noqa: RUF009  # immutable
     results: str = "benchmarks/results/demo_teacher.json"
     reference: str = "benchmarks/results/demo_reference.safetensors"

@@ -117,8 +117,8 @@ def frechet_to(mean: Tensor, cov: Tensor) -> Callable[[Tensor], float]:
 def kid(features_a: Tensor, features_b: Tensor) -> float:
     """The kernel distance of two feature sets [N, d] and [M, d] (KID, arXiv 1801.01401): about 0 for one distribution.
 
-    The unbiased estimate of the squared MMD (eq. 4) with the kernel (x y / d + 1)^3 (eq. 3), from all pairs: torchmetrics
-    averages it over subsets that it draws from the global generator. It can be negative. ValueError as `frechet_distance`.
+    The unbiased estimate of the squared MMD with the kernel (x y / d + 1)^3, from all pairs: torchmetrics averages it over
+    subsets that it draws from the global generator. It can be negative. ValueError as `frechet_distance`.
     """
     a, b = checked_features(features_a, features_b)
     within = sum(_kernel_mean(x, x) * len(x) / (len(x) - 1) - _kernel_own(x) / (len(x) - 1) for x in (a, b))
@@ -126,8 +126,8 @@ def kid(features_a: Tensor, features_b: Tensor) -> float:
 
 
 def _kernel_mean(x: Tensor, y: Tensor) -> float:
-    """Mean of the kernel over all pairs, in blocks."""
-    sums = [(part @ y.T / y.shape[1] + 1).pow(3).sum() for part in x.split(1_000)]
+    """Mean of the kernel over all pairs, in blocks of both sets: memory doesn't grow with them."""
+    sums = [(p @ q.T / x.shape[1] + 1).pow(3).sum() for p in x.split(1_000) for q in y.split(1_000)]
     return float(torch.stack(sums).sum()) / (len(x) * len(y))
 
 

@@ -23,7 +23,7 @@ from .table import Row
 if TYPE_CHECKING:
     from .judge import Judge
 
-N = 1000  # images a configuration
+N = 1200  # images a configuration
 RESAMPLES = 300
 PROMPTS, IMAGES = 40, 8  # captions whose diversity is looked at, and images of each
 APART = 1_000_000  # index of the first of those images: their noise is no other image's

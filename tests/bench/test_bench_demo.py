@@ -50,7 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def judge() -> Judge:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return Judge({name: len(values) for name, values in ATTRIBUTES.items()}, resolution=32, width=4, dim=8).eval()
+        return Judge({name: len(values) for name, values in ATTRIBUTES.items()}, resolution=32, width=4, dense=8).eval()
 
 
 @pytest.fixture(scope="module")

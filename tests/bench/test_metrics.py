@@ -134,8 +134,9 @@ def test_small_samples_warn() -> None:
     ],
 )
 def test_bad_features(x: Tensor, y: Tensor, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        frechet_distance(x, y)
+    for distance in (frechet_distance, kid):
+        with pytest.raises(ValueError, match=message):
+            distance(x, y)
 
 
 def test_clear_is_five_deviations_above_the_floor() -> None:

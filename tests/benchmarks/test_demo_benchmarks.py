@@ -113,7 +113,7 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
         monkeypatch.setattr(module, name, value)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        judge = Judge({name: len(values) for name, values in ATTRIBUTES.items()}, resolution=32, width=4, dim=8)
+        judge = Judge({name: len(values) for name, values in ATTRIBUTES.items()}, resolution=32, width=4, dense=8)
     judge.save(tmp_path / "judge")
     flags = {"teacher": tiny_pipeline(tmp_path / "sd"), "judge": tmp_path / "judge", "n": "6,12", "real": 30}
     flags |= {"reference": tmp_path / "reference.safetensors", "output": tmp_path / "teacher.json"}
