@@ -22,36 +22,35 @@ class Recipe:
     """One section of training options a stage (decoder: further training of the autoencoder's decoder alone).
 
     Attributes:
-        images: pictures of the world that the stages train on.
-        threads: CPU threads; 0 leaves PyTorch's own choice.
+        images: pictures of the world that judge, text model and autoencoder train on.
+        unet_images: and those that the UNet does.
+        start: folder with teacher/ and judge/ to start from, e.g. stepdistill/demo; random weights by default.
         output_dir: run folder; `teacher/` and `judge/` in it are what ships.
     """
 
-    judge: TrainConfig = field(default_factory=lambda: _train(1000, 64, 3e-3, 100))
-    text: TrainConfig = field(default_factory=lambda: _train(1500, 128, 2e-3, 100))
+    judge: TrainConfig = field(default_factory=lambda: _train(6000, 64, 2e-3, 200))
+    text: TrainConfig = field(default_factory=lambda: _train(2500, 128, 2e-3, 100))
     autoencoder: TrainConfig = field(default_factory=lambda: _train(5000, 16, 8e-4, 20))
-    decoder: TrainConfig = field(default_factory=lambda: _train(3000, 16, 5e-4, 20))
-    unet: TrainConfig = field(default_factory=lambda: _train(5000, 64, 1e-3, 200, ema_decay=0.999))
-    images: int = 12000
-    threads: int = 0
+    decoder: TrainConfig = field(default_factory=lambda: _train(2500, 16, 5e-4, 20))
+    unet: TrainConfig = field(default_factory=lambda: _train(8500, 64, 1e-3, 200, ema_decay=0.999))
+    images: int = 20_000
+    unet_images: int = 32_000
+    start: str | None = None
     resume: bool = False
     output_dir: str = "out/demo_teacher"
 
 
 def main(parsed: Parsed[Recipe]) -> None:
-    import torch
-
     from stepdistill.demo import making, teacher
 
     recipe, out = parsed.recipe, Path(parsed.recipe.output_dir)
-    if recipe.threads:
-        torch.set_num_threads(recipe.threads)
+    start = Path(recipe.start) if recipe.start else None
     for config in (recipe.judge, recipe.text, recipe.autoencoder, recipe.decoder, recipe.unet):
         config.resume_from_checkpoint = "latest" if recipe.resume else None
-    judge = making.make_judge(recipe.judge, out / "judge", recipe.images)
-    text = making.make_text(recipe.text, out / "text", recipe.images)
-    vae = making.make_autoencoder(recipe.autoencoder, recipe.decoder, out / "autoencoder", recipe.images, judge)
-    unet = making.make_unet(recipe.unet, out / "unet", recipe.images, text, vae)
+    judge = making.make_judge(recipe.judge, out / "judge", recipe.images, start)
+    text = making.make_text(recipe.text, out / "text", recipe.images, start)
+    vae = making.make_autoencoder(recipe.autoencoder, recipe.decoder, out / "autoencoder", recipe.images, judge, start)
+    unet = making.make_unet(recipe.unet, out / "unet", recipe.unet_images, text, vae, start)
     teacher.save(out / "teacher", teacher.tokenizer(), text, vae, unet)
     write_config(parsed, out)
 

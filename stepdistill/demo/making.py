@@ -1,4 +1,7 @@
-"""The demo teacher's stages in order, each a resumable run that ends with a check: judge, text, autoencoder, UNet."""
+"""The demo teacher's stages in order, each a resumable run that ends with a check: judge, text, autoencoder, UNet.
+
+A stage starts from random weights, or from those of an earlier teacher: `start` is a folder with `teacher/` and `judge/` in it.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,7 @@ from . import stages, teacher
 from .world import TEST_SEED, TRAIN_SEED, World
 
 CHECKED = 2000  # images or captions of the test seed in each stage's check
+SCALED = 1000  # images of the training seed whose latents get unit std
 
 
 def made(seed: int, build: Callable[[], Any]) -> Any:
@@ -31,16 +35,22 @@ def made(seed: int, build: Callable[[], Any]) -> Any:
         return build()
 
 
+def _going_on(module: Any) -> Any:
+    """A loaded module, ready to be trained further."""
+    return module.float().requires_grad_(True).train()
+
+
 def _fit(config: TrainConfig, folder: Path, method: Method, data: Any) -> None:
     Trainer(config, folder).fit(method, data)
     for network in method.networks().values():
         network.module.requires_grad_(False).eval()
 
 
-def make_judge(config: TrainConfig, folder: Path, images: int) -> Judge:
+def make_judge(config: TrainConfig, folder: Path, images: int, start: Path | None = None) -> Judge:
     """The judge, trained and written to `folder`; prints its accuracy on clean renders."""
-    judge: Judge = made(config.seed, teacher.judge)
+    judge: Judge = _going_on(Judge.load(start / "judge")) if start else made(config.seed, teacher.judge)
     _fit(config, folder, stages.Judging(stages.JudgingConfig(), judge), stages.WorldPixels(World(TRAIN_SEED), images))
+    judge.standardise(World(TRAIN_SEED).pixels(range(CHECKED)))
     test = World(TEST_SEED)
     scores = stages.attribute_accuracy(judge, test.pixels(range(CHECKED)), test.labels(range(CHECKED)))
     print(f"judge on {CHECKED} clean renders: {_shown(scores)}")
@@ -48,10 +58,15 @@ def make_judge(config: TrainConfig, folder: Path, images: int) -> Judge:
     return judge
 
 
-def make_text(config: TrainConfig, folder: Path, captions: int) -> Any:
+def make_text(config: TrainConfig, folder: Path, captions: int, start: Path | None = None) -> Any:
     """The text model, trained and written to `folder`; prints how many captions it reads."""
+    from transformers import CLIPTextModel
+
     tokenizer = teacher.tokenizer()
-    text = made(config.seed, lambda: teacher.text_model(tokenizer))
+    if start:
+        text = _going_on(CLIPTextModel.from_pretrained(start / "teacher" / "text_encoder"))
+    else:
+        text = made(config.seed, lambda: teacher.text_model(tokenizer))
     method = made(config.seed + 1, lambda: stages.TextNaming(stages.TextNamingConfig(), text, tokenizer))
     _fit(config, folder, method, stages.WorldCaptions(World(TRAIN_SEED), captions, tokenizer))
     test = stages.WorldCaptions(World(TEST_SEED), CHECKED, tokenizer)
@@ -62,17 +77,25 @@ def make_text(config: TrainConfig, folder: Path, captions: int) -> Any:
     return text
 
 
-def make_autoencoder(config: TrainConfig, decoder: TrainConfig, folder: Path, images: int, judge: Judge) -> Any:
+def make_autoencoder(
+    config: TrainConfig, decoder: TrainConfig, folder: Path, images: int, judge: Judge, start: Path | None = None
+) -> Any:
     """The autoencoder, trained and written to `folder`; prints what the judge reads in its reconstructions.
 
     All of it first, then its decoder alone with an error that is dear where shapes are. The second run leaves the latents as
     they are, so it may be made, or made anew, beside or after the denoiser's.
     """
-    vae = made(config.seed, teacher.autoencoder)
+    from diffusers import AutoencoderKL
+
+    if start:
+        vae = _going_on(AutoencoderKL.from_pretrained(start / "teacher" / "vae"))
+    else:
+        vae = made(config.seed, teacher.autoencoder)
     pixels = stages.WorldPixels(World(TRAIN_SEED), images)
-    whole = stages.AutoencodingConfig(l1_weight=1.0, l2_weight=0.0, edge_weight=0.5)
+    whole = stages.AutoencodingConfig(l1_weight=1.0, l2_weight=1.0, edge_weight=0.5)
     _fit(config, folder, stages.Autoencoding(whole, vae), pixels)
-    stages.set_scaling_factor(vae, World(TRAIN_SEED).pixels(range(CHECKED)))
+    if not start:  # a denoiser that is trained further knows the latents at the scale they had
+        stages.set_scaling_factor(vae, World(TRAIN_SEED).pixels(range(SCALED)))
     _check_autoencoder(vae, judge)
     vae.decoder.requires_grad_(True)
     refined = stages.AutoencodingConfig(l1_weight=1.0, l2_weight=2.0, edge_weight=0.5, kl_weight=0.0)
@@ -88,11 +111,16 @@ def _check_autoencoder(vae: Any, judge: Judge) -> None:
     print(f"judge on {CHECKED} reconstructions: {_shown(scores)}; scaling factor {vae.config.scaling_factor:.4f}")
 
 
-def make_unet(config: TrainConfig, folder: Path, images: int, text: nn.Module, vae: nn.Module) -> Any:
+def make_unet(
+    config: TrainConfig, folder: Path, images: int, text: nn.Module, vae: nn.Module, start: Path | None = None
+) -> Any:
     """The denoiser on the other stages' latents and embeddings."""
-    from diffusers import StableDiffusionPipeline
+    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
-    unet = made(config.seed, teacher.unet)
+    if start:
+        unet = _going_on(UNet2DConditionModel.from_pretrained(start / "teacher" / "unet"))
+    else:
+        unet = made(config.seed, teacher.unet)
     parts = StableDiffusionPipeline(
         vae=vae, text_encoder=text, tokenizer=teacher.tokenizer(), unet=unet, scheduler=teacher.scheduler(),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
