@@ -21,7 +21,7 @@ FLOORS = {
 }  # fmt: skip
 ROOT = ("method", "batch", "randomness", "errors", "config")  # everything speaks these
 # single modules that stand lower than their folder: a drawn world is data, and its judge a network
-LOWER = {"demo.world": 1}
+LOWER = {"demo.world": 1, "demo.shapes": 1}
 # floor 0 is pure functions on tensors
 FLOOR_0_IMPORTS = {"torch", *sys.stdlib_module_names}
 

@@ -1,8 +1,8 @@
 """The judge: a small classifier that says what a picture of the demo world shows.
 
 Its logits give prompt accuracy and its activations the space of the Frechet distance, as Inception's do for photos (arXiv
-1706.08500). It shares nothing with the models it judges: strided convolutions on pixels, no latents, and it keeps the layout down
-to its one dense layer, because which object is where decides an attribute.
+1706.08500). It shares nothing with the models it judges: strided convolutions on pixels, no latents, and it keeps the layout
+down to its one dense layer, because which object is where decides an attribute.
 
 A classifier's last layer forgets what its classes don't need, blur for one. So the features hold the spatial means of an early
 stage as well, and all of them in units of their standard deviation over real images.

@@ -41,13 +41,13 @@ class WorldPixels:
         return len(self._bytes)
 
     def batch(self, indices: Sequence[int], rng: StepRandom) -> Batch:
-        """Pixels [B, 3, R, R] float32 in [-1, 1] and labels [B, 5]."""
+        """Pixels [B, 3, R, R] float32 in [-1, 1] and labels [B, 7]."""
         rows = torch.as_tensor(indices, dtype=torch.int64)
         return Batch(self._bytes[rows].float().div(127.5).sub(1), {}, {}, rng, {"labels": self._labels[rows]})
 
 
 class WorldCaptions:
-    """Captions 0 .. count - 1 of a world as token ids: x0 = None, extra = {"input_ids" [B, L], "labels" [B, 5]}."""
+    """Captions 0 .. count - 1 of a world as token ids: x0 = None, extra = {"input_ids" [B, L], "labels" [B, 7]}."""
 
     def __init__(self, world: World, count: int, tokenizer: CLIPTokenizer) -> None:
         encoded = tokenizer(world.captions(range(count)), padding="max_length", truncation=True, return_tensors="pt")
@@ -62,7 +62,7 @@ class WorldCaptions:
 
 
 def naming_loss(logits: dict[str, Tensor], labels: Tensor) -> Tensor:
-    """Cross entropy summed over attributes: logits [B, values] by name, labels [B, 5] in the order of `ATTRIBUTES`."""
+    """Cross entropy summed over attributes: logits [B, values] by name, labels [B, 7] in the order of `ATTRIBUTES`."""
     return torch.stack([F.cross_entropy(logits[name].float(), labels[:, i]) for i, name in enumerate(ATTRIBUTES)]).sum()
 
 
@@ -111,7 +111,7 @@ def insert_clutter(ids: Tensor, run: Tensor, where: Tensor, fragments: Tensor, e
 
 
 class TextNaming(Method):
-    """The text model learns to name its caption's five attributes, and to read past words it does not know.
+    """The text model learns to name all attributes of its caption, and to read past words it does not know.
 
     The pooled output alone would leave the other tokens to chance, and cross-attention reads them all: the second set
     of heads makes their mean carry the attributes too.
@@ -163,7 +163,7 @@ class AutoencodingConfig:
     """Training of the autoencoder.
 
     Attributes:
-        l1_weight: of the mean absolute error. Alone it is content with the background: the object is the minority.
+        l1_weight: of the mean absolute error. Alone it is content with the ground: the objects are the minority.
         l2_weight: of the mean squared error, to which an object in the wrong colour is dear.
         edge_weight: of the L1 error of the differences between neighbouring pixels.
         kl_weight: of the KL divergence to N(0, 1), a mean over latent values.
@@ -220,7 +220,7 @@ class JudgingConfig:
     Attributes:
         noise: largest std of the noise added to pixels in [-1, 1].
         blur: share of images that are blurred, 3x3.
-        shift: largest displacement in pixels, along each axis; 1 leaves every position's name true.
+        shift: largest displacement in pixels, along each axis; of the whole picture, so every attribute stays true.
     """
 
     noise: float = 0.1
@@ -270,7 +270,7 @@ def _all_right(logits: dict[str, Tensor], labels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def attribute_accuracy(judge: Judge, pixels: Tensor, labels: Tensor) -> dict[str, float]:
-    """Share of pixels [B, 3, R, R] in which the judge sees labels [B, 5]: by attribute, and all five under "all"."""
+    """Share of pixels [B, 3, R, R] in which the judge sees labels [B, 7]: by attribute, and all of them under "all"."""
     logits = judge(pixels)
     shares = {name: float(right.float().mean()) for name, right in _right(logits, labels).items()}
     return {**shares, "all": float(_all_right(logits, labels))}
@@ -295,5 +295,5 @@ def set_scaling_factor(vae: AutoencoderKL, pixels: Tensor) -> float:
 
 @torch.no_grad()
 def text_accuracy(naming: nn.Module, input_ids: Tensor, labels: Tensor) -> float:
-    """Share of captions [B, L] of which the pooled output names all five attributes in labels [B, 5]."""
+    """Share of captions [B, L] of which the pooled output names all attributes in labels [B, 7]."""
     return float(_all_right(naming(input_ids)[0], labels))

@@ -116,13 +116,14 @@ def text_model(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def autoencoder() -> AutoencoderKL:
-    """AEPAR M parameters, f = 4: [B, 3, 64, 64] pixels to [B, 4, 16, 16] latents. `scaling_factor` is set after training.
+    """0.68 M parameters, f = 4: [B, 3, 64, 64] pixels to [B, 4, 16, 16] latents; training sets `scaling_factor`.
 
-    One norm group: with eight, a group here would be one to eight channels, and normalising a single channel takes out
-    the level of a flat area, its colour (L1 after 100 steps .46 with eight groups, .24 with one; one run each). The
-    rest of the start is reasoned, not measured by itself: a narrow posterior, since a fresh AutoencoderKL has std 1
-    around means near 0 and shows its decoder noise; and a nearly linear net, with small residual branches, averaging
-    downsamplers and repeating upsamplers, so that mean colours can pass at once. Learning rates above 1e-3 were slower.
+    One norm group: with eight, a group here would be two to eight channels, and normalising so few takes out the level
+    of a flat area, its colour (L1 after 100 steps .46 with eight groups, .24 with one; one run each of an f = 8 net, in
+    groups of one to eight, on a simpler world). The rest of the start is reasoned, not measured by itself: a narrow
+    posterior, since a fresh AutoencoderKL has std 1 around means near 0 and shows its decoder noise; and a nearly
+    linear net, with small residual branches, averaging downsamplers and repeating upsamplers, so that mean colours can
+    pass at once. Learning rates above 1e-3 were slower.
     """
     from diffusers import AutoencoderKL
 
@@ -166,9 +167,9 @@ def _start_nearly_linear(vae: AutoencoderKL) -> None:
 
 
 def unet() -> UNet2DConditionModel:
-    """3.3 M parameters: Stable Diffusion's blocks, one layer each, on 16x16, 8x8 and 4x4; cross-attention on the lower two.
+    """3.3 M parameters: Stable Diffusion's blocks, one layer each, on 16x16, 8x8 and 4x4; the lower two with attention.
 
-    On the 64 latents of 8x8 attention finds the two objects; on 256 it would take as long as all of the rest.
+    On the 64 latents of 8x8 attention finds the two objects; on 256 it would take almost as long as all of the rest.
     """
     from diffusers import UNet2DConditionModel
 
@@ -209,7 +210,7 @@ def scheduler() -> DDIMScheduler:
 
 
 def judge() -> Judge:
-    """0.20 M parameters: the classifier of the world's attributes."""
+    """0.55 M parameters: the classifier of the world's attributes."""
     return Judge({name: len(values) for name, values in ATTRIBUTES.items()}, width=24)
 
 
@@ -227,8 +228,8 @@ def save(
 ) -> None:
     """Writes a StableDiffusionPipeline folder: autoencoder and UNet in fp16, cast in place, the text encoder in fp32.
 
-    Transformers loads a model in the dtype of its file unless told otherwise, Diffusers in fp32: a text encoder in fp16 would
-    meet a UNet in fp32 in a plain `from_pretrained`.
+    Transformers loads a model in the dtype of its file unless told otherwise, Diffusers in fp32: a text encoder in fp16
+    would meet a UNet in fp32 in a plain `from_pretrained`.
     """
     from diffusers import StableDiffusionPipeline
 
@@ -245,4 +246,5 @@ def save(
     text.float()
     for module in (vae, unet):
         module.half()
+        module.register_to_config(_name_or_path="")  # of what was trained further it would tell the folder it came from
     pipeline.save_pretrained(Path(folder), safe_serialization=True)

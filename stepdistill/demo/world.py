@@ -1,32 +1,29 @@
 """The demo world: captioned images of two objects on a textured ground, drawn by code, as many as you ask for.
 
-Everything is a pure function of (seed, index). The attributes are independent and uniform and the captions name them all,
-so what a generated image *should* show is known, and a small classifier can tell how often it does. As much is left open:
-where the objects are, how large and how turned, and how the texture lies. The mean of all that a caption allows is a blur,
-which is what a single step of a diffusion model draws, so this is a world in which few steps hurt.
-
-Shapes are signed distance functions (after https://iquilezles.org/articles/distfunctions2d/); edges are one pixel wide.
+Everything is a pure function of (seed, index). The attributes are independent and uniform and the captions name them
+all, so what a generated image *should* show is known, and a small classifier can tell how often it does. As much is
+left open: where the objects are, how large and how turned, and how the texture lies. The mean of all that a caption
+allows is a blur, which is what a single step of a diffusion model draws, so this is a world in which few steps hurt.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from ..randomness import generator
+from . import shapes
+from .shapes import Array
 
-Array = NDArray[np.float64]
 Phrases = dict[str, tuple[str, ...]]
 
 TRAIN_SEED, REFERENCE_SEED, TEST_SEED = 101, 202, 303  # worlds that share no image; metrics compare with the second
@@ -76,7 +73,7 @@ PHRASES: dict[str, Phrases] = {  # attribute -> value -> the ways in which a cap
 ATTRIBUTES: dict[str, tuple[str, ...]] = {name: tuple(values) for name, values in PHRASES.items()}
 
 _MIRRORED = {"beside": ("right of", "to the right of"), "stacked": ("below", "under")}
-_TEMPLATES = (
+_TEMPLATES = (  # the article is "a" before "orange" too
     "a {one} {relation} a {other} on {ground}",
     "on {ground}, a {one} {relation} a {other}",
     "{ground} with a {one} {relation} a {other}",
@@ -84,7 +81,9 @@ _TEMPLATES = (
     "{one} {relation} {other}, {ground}",
 )
 
-COLOURS: dict[str, tuple[int, int, int]] = {  # sRGB, no two closer than 90: several times the jitter
+# sRGB. An object's colour is 90 or more from every other colour, a texture's tones included: several times the jitter.
+# Grounds, of which a picture shows but one, are 74 or more from each other.
+COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (222, 30, 42),
     "orange": (240, 124, 18),
     "yellow": (246, 226, 40),
@@ -101,20 +100,30 @@ COLOURS: dict[str, tuple[int, int, int]] = {  # sRGB, no two closer than 90: sev
     "cream": (224, 202, 150),
 }
 
-# In pixels of a 64x64 image. The pair lies anywhere as long as it is whole.
-RADIUS = (7.5, 10.5)
-DISTANCE = (23.0, 30.0)  # of the two centres along the layout's axis
-ASIDE = 7.0  # half-width of their offset across it
-TILT = 20.0  # half-width of an object's rotation in degrees
+# In pixels of a 64x64 image. The pair lies anywhere as long as it is whole: tilted, a triangle reaches 1.053 radii
+# along x, at most 13.7 pixels, less than the largest radius and its margin. Only two of these side by side could touch.
+RADIUS = (10.0, 13.0)
+DISTANCE = (27.0, 31.0)  # of the two centres along the layout's axis
+ASIDE = 5.0  # half-width of their offset across it
+TILT = 15.0  # half-width of an object's rotation in degrees
 MARGIN = 1.0
-PERIODS = {"plain": (1.0, 1.0), "stripes": (9.0, 12.0), "checks": (16.0, 20.0), "dots": (10.0, 13.0)}
-CONTRAST = 26.0  # of a texture's two tones from the ground's colour, in levels of 255
+PERIODS = {"plain": (1.0, 1.0), "stripes": (10.0, 11.0), "checks": (17.0, 19.0), "dots": (11.0, 12.0)}
+TURNS = {"plain": 0.0, "stripes": 45.0, "checks": 0.0, "dots": 0.0}  # of a texture, in degrees
+SWAY = 8.0  # half-width of what is added to them
+CONTRAST = 26.0  # of each of a texture's two tones from the ground's colour, in levels of 255
 TINT, SHADE = 10.0, 5.0  # half-widths: each channel of an object, all channels of the ground together
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One object: its shape and colour, centre and reach in pixels of a 64x64 image, rotation in degrees, RGB added."""
+    """One object.
+
+    Attributes:
+        shape, colour: values out of `ATTRIBUTES`.
+        cx, cy, radius: its centre and size in pixels of a 64x64 image, y down.
+        angle: clockwise, in degrees; 0 for circles and rings.
+        tint: added to its RGB, in levels of 255.
+    """
 
     shape: str
     colour: str
@@ -133,7 +142,7 @@ class Scene:
         layout: "beside" (first is left of second) or "stacked" (first is above second).
         first, second: the objects.
         ground, texture: values out of `ATTRIBUTES`.
-        shade: added to all three channels of the ground.
+        shade: added to all three channels of the ground, in levels of 255.
         period: of the texture, in pixels of a 64x64 image.
         turn: of the texture, in degrees.
         phase: of the texture along its two axes, in periods.
@@ -171,7 +180,7 @@ def _posed(g: np.random.Generator, attributes: tuple[str, ...]) -> Scene:
     places = ((s1, c1, x1, y1, r1), (s2, c2, x1 + dx, y1 + dy, r2))
     first, second = (Thing(s, c, x, y, r, _tilt(g, s), _tint(g)) for s, c, x, y, r in places)
     shade, period = float(g.uniform(-SHADE, SHADE)), float(g.uniform(*PERIODS[texture]))
-    turn = float(g.uniform(0, 180))
+    turn = TURNS[texture] + float(g.uniform(-SWAY, SWAY))
     return Scene(layout, first, second, ground, texture, shade, period, turn, (float(g.random()), float(g.random())))
 
 
@@ -207,7 +216,7 @@ def caption(scene: Scene, seed: int, index: int) -> str:
     g = generator(int(seed), "world/caption", int(index))
 
     def pick(options: Sequence[str]) -> str:
-        return options[g.integers(len(options))]
+        return options[int(g.integers(len(options)))]
 
     words = {name: pick(PHRASES[name][v]) for name, v in zip(ATTRIBUTES, values(scene), strict=True)}
     one, other = f"{words['first colour']} {words['first shape']}", f"{words['second colour']} {words['second shape']}"
@@ -232,71 +241,12 @@ def vocabulary() -> tuple[str, ...]:
     return tuple(sorted({token for text in texts for token in tokens(text)}))
 
 
-def _outline(*half: tuple[float, float]) -> Callable[[Array, Array], Array]:
-    """Signed distance to a polygon with mirror symmetry in x, given its right half from the axis back to the axis."""
-
-    def distance(x: Array, y: Array) -> Array:
-        x, squared, inside = np.abs(x), np.full_like(x, np.inf), np.zeros(x.shape, dtype=bool)
-        for (ax, ay), (bx, by) in itertools.pairwise(half):
-            ex, ey, px, py = bx - ax, by - ay, x - ax, y - ay
-            along = np.clip((px * ex + py * ey) / (ex * ex + ey * ey), 0, 1)
-            squared = np.minimum(squared, (px - along * ex) ** 2 + (py - along * ey) ** 2)
-            if ey:  # even-odd rule, with a ray to the right: does this edge cross it?
-                inside ^= ((py < 0) != (y < by)) & (px < py * (ex / ey))
-        return np.where(inside, -1.0, 1.0) * np.sqrt(squared)
-
-    return distance
-
-
-def _star(points: int = 5, inner: float = 0.48) -> Callable[[Array, Array], Array]:
-    turns = [(1.0 if i % 2 == 0 else inner, math.pi * i / points) for i in range(points + 1)]
-    return _outline(*((r * math.sin(a), -r * math.cos(a)) for r, a in turns))
-
-
-def _circle(x: Array, y: Array) -> Array:
-    return np.hypot(x, y) - 0.92
-
-
-def _ring(x: Array, y: Array) -> Array:
-    return np.abs(np.hypot(x, y) - 0.74) - 0.22
-
-
-_CROSS = ((0, -0.95), (0.3, -0.95), (0.3, -0.3), (0.95, -0.3), (0.95, 0.3), (0.3, 0.3), (0.3, 0.95), (0, 0.95))
-
-# In units of the radius.
-_DISTANCES: dict[str, Callable[[Array, Array], Array]] = {
-    "circle": _circle,
-    "square": _outline((0, -0.82), (0.82, -0.82), (0.82, 0.82), (0, 0.82)),
-    "triangle": _outline((0, -1), (0.91, 0.67), (0, 0.67)),
-    "star": _star(),
-    "cross": _outline(*_CROSS),
-    "ring": _ring,
-}
-
-
-def _cover(distance: Array) -> Array:
-    """Share of each pixel inside, from the signed distance to the edge in pixels; exact for a straight edge."""
-    return np.clip(0.5 - distance, 0, 1)[..., None]
-
-
-def _wave(u: Array) -> Array:
-    """Signed distance, in periods, to the bright half of a square wave of period 1."""
-    return np.abs(u - np.floor(u) - 0.5) - 0.25
-
-
 def _texture(scene: Scene, x: Array, y: Array) -> Array:
     """Signed distance to the bright tone, in pixels of a 64x64 image."""
     cos, sin = math.cos(math.radians(scene.turn)), math.sin(math.radians(scene.turn))
     u = (cos * x + sin * y) / scene.period + scene.phase[0]
     v = (cos * y - sin * x) / scene.period + scene.phase[1]
-    if scene.texture == "stripes":
-        distance = _wave(u)
-    elif scene.texture == "checks":  # bright where both waves are, or neither
-        a, b = _wave(u), _wave(v)
-        distance = np.maximum(np.minimum(a, b), -np.maximum(a, b))
-    else:
-        distance = np.hypot(u - np.floor(u) - 0.5, v - np.floor(v) - 0.5) - 0.3
-    return distance * scene.period
+    return shapes.TEXTURES[scene.texture](u, v) * scene.period
 
 
 def render(scene: Scene, resolution: int = 64) -> np.ndarray:
@@ -306,12 +256,12 @@ def render(scene: Scene, resolution: int = 64) -> np.ndarray:
     x, y = np.meshgrid(axis, axis)
     image = np.broadcast_to(np.add(COLOURS[scene.ground], scene.shade), (*x.shape, 3))
     if scene.texture != "plain":
-        image = image + CONTRAST * (2 * _cover(_texture(scene, x, y) * scale) - 1)
+        image = image + CONTRAST * (2 * shapes.cover(_texture(scene, x, y) * scale) - 1)
     for thing in (scene.first, scene.second):
         cos, sin = math.cos(math.radians(thing.angle)), math.sin(math.radians(thing.angle))
         u, v = (x - thing.cx) / thing.radius, (y - thing.cy) / thing.radius
-        distance = _DISTANCES[thing.shape](cos * u + sin * v, cos * v - sin * u)
-        cover = _cover(distance * thing.radius * scale)
+        distance = shapes.SHAPES[thing.shape](cos * u + sin * v, cos * v - sin * u)
+        cover = shapes.cover(distance * thing.radius * scale)
         image = image + cover * (np.add(COLOURS[thing.colour], thing.tint) - image)
     return np.rint(np.clip(image, 0, 255)).astype(np.uint8)
 
@@ -331,7 +281,7 @@ class World:
         return self._drawn(self._scenes(indices))
 
     def variants(self, indices: Sequence[int], count: int) -> Tensor:
-        """[B * count, 3, resolution, resolution] float32 in [-1, 1]: `count` other images of each caption, in its order."""
+        """[B * count, 3, resolution, resolution] float32 in [-1, 1]: `count` other images of each caption in turn."""
         scenes = zip(indices, self._scenes(indices), strict=True)
         return self._drawn([variant(s, self.seed, i, number) for i, s in scenes for number in range(count)])
 

@@ -66,3 +66,9 @@ def test_the_scale_of_latents_stays_what_the_denoiser_knows(made: dict[str, Path
     folders = (DEMO, made["on"], made["new"])
     shipped, on, new = (AutoencoderKL.from_pretrained(f / "teacher" / "vae").config.scaling_factor for f in folders)
     assert on == shipped != new
+
+
+def test_what_is_written_does_not_tell_where_it_came_from(made: dict[str, Path]) -> None:
+    files = [file for name in ("new", "on") for file in made[name].glob("teacher/*/config.json")]
+    assert len(files) == 6
+    assert not [file for file in files if str(DEMO) in file.read_text(encoding="utf-8")]
