@@ -80,7 +80,7 @@ class Pictures:
         self.model, self.encodes = model, lambda step: False
         side = model.resolution
         self.pixels = torch.rand((SAMPLES, 3, side, side), generator=torch.Generator().manual_seed(seed)) * 2 - 1
-        self.prompts = [f"a large star number {i} on the left of a white background" for i in range(SAMPLES)]
+        self.prompts = [f"a red star number {i} left of a blue ring on plain white" for i in range(SAMPLES)]
         parts = [self.encode(range(i, i + 4)) for i in range(0, SAMPLES, 4)]  # few at once: peak memory is measured
         self.cached = tuple(torch.cat([part[i] for part in parts]).cpu() for i in range(3))
 
