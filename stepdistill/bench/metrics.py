@@ -136,11 +136,6 @@ def _kernel_own(x: Tensor) -> float:
     return float((x.square().sum(1) / x.shape[1] + 1).pow(3).mean())
 
 
-def floor(features_real_1: Tensor, features_real_2: Tensor) -> float:
-    """The distance of two samples of real images: what a perfect model would score at these numbers of images."""
-    return frechet_distance(features_real_1, features_real_2)
-
-
 def is_clear(distance: float, floor: float, spread: float) -> bool:
     """Whether a distance stands far enough above its floor (5 x the floor's standard deviation) to be part of a ratio."""
     return distance - floor >= CLEAR * spread

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
-from recipe_runs import load_recipe
+from recipe_runs import load_recipe, load_script
 from tiny import tiny_pipeline
 
 from stepdistill.bench import demo, yardstick
@@ -28,11 +26,7 @@ PROTOCOL: dict[str, Any] = {"features": {"name": "judge", "hash": "0"}, "real": 
 
 
 def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", ROOT / "benchmarks" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
+    module: ModuleType = load_script("benchmarks", name)
     return module
 
 
