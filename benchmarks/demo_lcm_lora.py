@@ -50,9 +50,10 @@ def command(folder: Path, seed: int, images: int, threads: int) -> list[str]:
 def main(parsed: Parsed[Benchmark]) -> None:
     """Runs what is missing, collects, writes, prints."""
     from stepdistill.bench.demo import STUDENT
-    from stepdistill.bench.table import TEACHER, Results, Row
+    from stepdistill.bench.rows import TEACHER, Quality, Results, Speed
+    from stepdistill.bench.table import markdown
 
-    options, rows = parsed.recipe, list[Row]()
+    options, rows, speed = parsed.recipe, list[Quality](), list[Speed]()
     teacher = Results.read(options.teacher)
     last = teacher
     for seed in options.seeds.ints():
@@ -61,18 +62,23 @@ def main(parsed: Parsed[Benchmark]) -> None:
         if not results.is_file():
             subprocess.run(command(folder, seed, options.images, options.threads), check=True, cwd=ROOT)
         last = Results.read(results)
-        rows += [replace(r, model=f"{STUDENT}, seed {seed}") for r in last.rows if r.model == STUDENT]
-        if {r.n for r in last.rows if r.model == STUDENT} != {options.images}:
+        name = f"{STUDENT}, seed {seed}"
+        own = [replace(r, cell=replace(r.cell, model=name)) for r in last.quality if r.cell.model == STUDENT]
+        if {r.n for r in own} != {options.images}:
             raise InputError(
                 f"expected rows of {options.images} images in {results}, got others; delete it and run again"
             )
-    of_n = Results([r for r in teacher.rows if r.n == options.images], teacher.protocol)
-    lowest = [of_n.best(options.images, steps) for steps in sorted({r.steps for r in of_n.rows}, reverse=True)]
+        rows += own
+        speed += [replace(s, cell=replace(s.cell, model=name)) for s in last.speed if s.cell.model == STUDENT]
+    of_n = Results([r for r in teacher.quality if r.n == options.images], teacher.protocol)
+    lowest = [of_n.best(options.images, steps) for steps in sorted({r.cell.steps for r in of_n.quality}, reverse=True)]
     teachers = [row for row in lowest if row is not None]
+    shown = [s for s in teacher.speed if s.cell in {row.cell for row in teachers}]
     note = f"{TEACHER}: of each number of steps the guidance of the lowest distance."
-    merged = Results([*teachers, *rows], teacher.protocol, last.environment, [note])
+    merged = Results([*teachers, *rows], teacher.protocol, [*shown, *speed], None, {}, last.environment, [note])
+    merged.teacher = None if (best := merged.best(options.images)) is None else best.cell
     merged.write(options.output)
-    print(f"{merged.markdown()}\nwritten to {options.output}")
+    print(f"{markdown(merged)}\nwritten to {options.output}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Quality and speed of the demo teacher at many and at few steps: writes benchmarks/results/demo_teacher.json.
 
 Beside it come the statistics of the real images that every row is compared with (demo_reference.safetensors). Run it after
-the teacher or the judge was made again: python benchmarks/demo_teacher.py. Stopped, it goes on with the rows that are missing.
+the teacher or the judge was made again: python benchmarks/demo_teacher.py. Stopped, it goes on where it was.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from stepdistill.config import CommaList, Parsed, run
 from stepdistill.errors import InputError
 
 if TYPE_CHECKING:
-    from stepdistill.bench.table import Row
+    from stepdistill.bench.judge import Judge
+    from stepdistill.bench.reference import Reference
+    from stepdistill.bench.rows import Quality
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -34,6 +36,7 @@ class Benchmark:
         threads: CPU threads; 0 leaves PyTorch's own choice.
         real: how many real images the statistics are of, if they must be made.
         reference: file of the real images' statistics; measured and written where there is none for this judge.
+        samples: folder of the images' numbers, from which a stopped row goes on.
         output: the results file.
     """
 
@@ -46,58 +49,68 @@ class Benchmark:
     threads: int = 0
     real: int = 20_000
     reference: str = str(RESULTS / "demo_reference.safetensors")
+    samples: str = str(RESULTS.parents[1] / "out" / "demo_teacher")
     output: str = str(RESULTS / "demo_teacher.json")
 
 
 def main(parsed: Parsed[Benchmark]) -> None:
     """Loads, measures what is missing, writes after every row, prints."""
     import torch
-    from diffusers import StableDiffusionPipeline
 
-    from stepdistill.bench.demo import REPEATS, evaluate, seconds_note, timed
-    from stepdistill.bench.features import JudgeFeatures
+    from stepdistill.bench.contenders import open_contenders
+    from stepdistill.bench.demo import evaluate, seconds_note
     from stepdistill.bench.judge import Judge
-    from stepdistill.bench.reference import Reference
-    from stepdistill.bench.table import TEACHER, Results
-    from stepdistill.bench.yardstick import Yardstick
-    from stepdistill.families.loading import DEMO_JUDGE, resolve
+    from stepdistill.bench.rows import TEACHER, Cell, Results
+    from stepdistill.bench.speed import speeds
+    from stepdistill.bench.table import markdown
+    from stepdistill.bench.yardstick import demo_yardstick
+    from stepdistill.families.loading import DEMO_JUDGE
 
     options = parsed.recipe
     if options.threads:
         torch.set_num_threads(options.threads)
     judge = Judge.load(DEMO_JUDGE if options.judge is None else options.judge)
-    try:
-        reference = Reference.load(options.reference, JudgeFeatures(judge))
-    except InputError as error:
-        print(f"measuring real images: {error}")
-        reference = Reference.measure(JudgeFeatures(judge), judge.resolution, options.real)
-        reference.save(options.reference)
-    yardstick = Yardstick(judge, options.n.ints(), options.seed, reference)
-    pipe = StableDiffusionPipeline.from_pretrained(resolve(options.teacher), safety_checker=None, use_safetensors=True)
+    yardstick = demo_yardstick(judge, options.n.ints(), options.seed, reference_of(judge, options))
+    (teacher,) = open_contenders(options.teacher, [])
 
     rows = kept(options.output, yardstick.protocol())
-    wanted = list(itertools.product(options.guidance.floats(), options.steps.ints()))
-    for guidance, steps in wanted:
-        if (TEACHER, steps, guidance) not in {row.configuration for row in rows}:
-            rows += evaluate(pipe, yardstick, TEACHER, (steps,), guidance)
+    wanted = [Cell(TEACHER, k, g) for g, k in itertools.product(options.guidance.floats(), options.steps.ints())]
+    for cell in wanted:
+        if cell not in {row.cell for row in rows}:
+            rows += evaluate(teacher, yardstick, options.samples, (cell.steps,), cell.guidance)
             Results(rows, yardstick.protocol()).write(options.output)
-    order = {(TEACHER, steps, guidance): i for i, (guidance, steps) in enumerate(wanted)}
-    rows = sorted((row for row in rows if row.configuration in order), key=lambda r: (r.n, order[r.configuration]))
-    rows = timed(rows, {TEACHER: pipe}, yardstick.prompts[0], REPEATS)
-    results = Results(rows, yardstick.protocol(), notes=[seconds_note()])
+    rows = sorted((row for row in rows if row.cell in wanted), key=lambda r: (r.n, wanted.index(r.cell)))
+    speed, _ = speeds([(cell, teacher) for cell in wanted], yardstick.plan)
+    results = Results(rows, yardstick.protocol(), speed, notes=[seconds_note()])
+    results.teacher = None if (best := results.best(yardstick.n)) is None else best.cell
     results.write(options.output)
-    print(f"\n{results.markdown()}\nwritten to {options.output}")
+    print(f"\n{markdown(results)}\nwritten to {options.output}")
 
 
-def kept(path: str, protocol: dict[str, Any]) -> list[Row]:
+def reference_of(judge: Judge, options: Benchmark) -> Reference:
+    """The real images' statistics from their file; measured and written where there are none for this judge."""
+    from stepdistill.bench.features import JudgeFeatures
+    from stepdistill.bench.real import WorldImages
+    from stepdistill.bench.reference import Reference
+
+    try:
+        return Reference.load(options.reference, JudgeFeatures(judge))
+    except InputError as error:
+        print(f"measuring real images: {error}")
+    found = Reference.measure(JudgeFeatures(judge), WorldImages(options.real), judge.resolution)
+    found.save(options.reference)
+    return found
+
+
+def kept(path: str, protocol: dict[str, Any]) -> list[Quality]:
     """The rows of an earlier run with the same protocol."""
-    from stepdistill.bench.table import Results
+    from stepdistill.bench.rows import Results
 
     try:
         earlier = Results.read(path)
     except InputError:
         return []
-    return list(earlier.rows) if earlier.protocol == protocol else []
+    return list(earlier.quality) if earlier.identity == Results([], protocol).identity else []
 
 
 if __name__ == "__main__":

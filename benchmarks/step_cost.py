@@ -23,8 +23,8 @@ from pathlib import Path
 import torch
 from step_setting import RANK, UNETS, Setting, load, save_pipeline
 
+from stepdistill.bench.environment import environment
 from stepdistill.bench.metrics import bootstrap_interval
-from stepdistill.bench.table import environment
 from stepdistill.config import Parsed, run
 from stepdistill.errors import InputError
 from stepdistill.networks.network import parameter_bytes

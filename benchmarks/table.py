@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from stepdistill.bench.table import Results, aligned
+from stepdistill.bench.rows import Results
+from stepdistill.bench.table import aligned, markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "demo_lcm_lora.json"
@@ -27,7 +28,7 @@ def section(results: Results) -> str:
     where = (
         f"From `{RESULTS.relative_to(ROOT)}` ({machine}; {about.get('threads', '?')} CPU threads, one training seed)."
     )
-    return f"{results.markdown().strip()}\n\n{where}"
+    return f"{markdown(results).strip()}\n\n{where}"
 
 
 def step_cost(results: dict[str, Any]) -> str:

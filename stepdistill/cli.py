@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .bench.options import BenchOptions, add_arguments, reference_flags
 from .config import fail
 from .errors import ExportError, InputError
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs a command. Exits with 2 for bad input; with 1 for an export that does not load back, or what doctor found."""
+    """Runs a command. Exits with 2 for bad input; with 1 for a broken export, or what doctor or bench found."""
     options = vars(_parser().parse_args(arguments))
     command = options.pop("command")
     try:
@@ -51,6 +53,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.add_argument("--export.hub_model_id", metavar="ID", help="name or owner/name (default: the folder's name)")
     export.add_argument("--export.hub_private_repo", action="store_true", default=None, help="make that one private")
+    bench = commands.add_parser(
+        "bench",
+        help="at how few steps a student is as good as its teacher, and how fast it is then",
+        description=inspect.getdoc(bench_command),
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    bench.set_defaults(command=bench_command)
+    add_arguments(bench)
     doctor = commands.add_parser(
         "doctor",
         help="what this machine can do, and what would stop a training on it",
@@ -82,6 +93,46 @@ def export_command(options: dict[str, Any]) -> None:
         options["run"], options["output_dir"], options["checkpoint"], section("teacher"), section("export")
     )
     print(f"exported to {folder}")
+
+
+def bench_command(options: dict[str, Any]) -> None:
+    """Runs teacher and students as stock Diffusers pipelines at several steps, and compares quality and speed.
+
+    Writes results.json, results.csv, results.md and report.html. A stopped sweep goes on where it was. Several processes share
+    the work: accelerate launch -m stepdistill.cli bench ... (or torchrun).
+    """
+    if options["compare"]:
+        _compare(options["compare"], options["fail_if"])
+        return
+    if options["fail_if"]:
+        raise InputError("expected --fail_if with --compare A.json B.json, got it alone; drop it, or add --compare")
+    if options["make_reference"]:
+        given = reference_flags(options)  # wrong flags are said before the seconds that the next imports take
+        from .bench.command import make_reference
+
+        found = make_reference(**given)
+        print(f"{found.count} images, {len(found.held)} held out: {given['path']}")
+        return
+    sweep = BenchOptions.read(options)
+    from .bench.command import bench
+
+    bench(sweep)
+
+
+def _compare(files: Sequence[str], fail_if: Sequence[str]) -> None:
+    """Prints two results files side by side; exits with 1 where a rule is broken, and says which."""
+    from .bench.compare import compare
+    from .bench.rows import Results
+    from .bench.rules import failed, parse_rules, undecided
+
+    rules = [rule for text in fail_if for rule in parse_rules(text)]
+    a, b = (Results.read(path) for path in files)
+    print(compare(a, b).text())
+    for line in undecided(rules, a, b):
+        print(f"undecided: {line}")
+    if broken := failed(rules, a, b):
+        print("\n".join(f"failed: {line}" for line in broken), file=sys.stderr)
+        raise SystemExit(1)
 
 
 def doctor_command(options: dict[str, Any]) -> None:

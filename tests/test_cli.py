@@ -3,11 +3,14 @@
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
+from invented import invented
 
 from stepdistill import cli, doctor
+from stepdistill.bench.rows import Value
 from stepdistill.config import run as run_recipe
 from stepdistill.errors import ExportError, InputError
 from stepdistill.export import config, rerun
@@ -28,11 +31,11 @@ def test_help_is_quick_and_lists_the_commands_that_exist() -> None:
     assert done.returncode == 0
     assert "export" in done.stdout
     assert "doctor" in done.stdout
-    assert "bench" not in done.stdout
+    assert "bench" in done.stdout
     assert min(times) < 1.0
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["export", "--help"], ["doctor", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["export", "--help"], ["doctor", "--help"], ["bench", "--help"]])
 def test_help_imports_no_torch(arguments: list[str]) -> None:
     code = (
         "import sys; from stepdistill import cli\n"
@@ -62,6 +65,9 @@ def test_the_options_of_export() -> None:
         ["export", "x", "--export.verify", "maybe"],
         ["doctor", "out"],
         ["doctor", "--output", "x"],
+        ["bench", "--step", "4"],
+        ["bench", "--dtype", "int8"],
+        ["bench", "--compare", "a.json"],
     ],
 )
 def test_a_wrong_command_line_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -112,6 +118,28 @@ def test_errors_are_one_paragraph(
         cli.main(["export", "out/x"])
     assert stop.value.code == code
     assert capsys.readouterr().err == f"error: {error}\n"
+
+
+def test_two_results_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    worse = invented()
+    worse.quality = [
+        replace(row, values={**row.values, "fd": Value(10 * row.values["fd"].value)}) for row in worse.quality
+    ]
+    invented().write(tmp_path / "a.json")
+    worse.write(tmp_path / "b.json")
+    a, b = str(tmp_path / "a.json"), str(tmp_path / "b.json")
+    cli.main(["bench", "--compare", a, b])
+    assert "Frechet distance" in capsys.readouterr().out
+    cli.main(["bench", "--compare", a, a, "--fail_if", "fd>+5%", "--fail_if", "recall<-0.1,seconds>+50%"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["bench", "--compare", a, b, "--fail_if", "recall<-0.1", "--fail_if", "fd>+5%"])
+    assert stop.value.code == 1
+    error = capsys.readouterr().err
+    assert "failed: fd>+5%: Frechet distance of lcm, 4 steps" in error and "recall" not in error
+    for words in ([b, str(tmp_path / "none.json")], [a, b, "--fail_if", "fd"]):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["bench", "--compare", *words])
+        assert stop.value.code == 2
 
 
 @pytest.mark.parametrize("code", [0, 1])

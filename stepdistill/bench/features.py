@@ -15,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ..errors import InputError
+
 if TYPE_CHECKING:
     from .judge import Judge
 
@@ -94,13 +96,16 @@ class JudgeFeatures:
         images = checked_images(images)
         side, size = self._judge.resolution, f"{images.shape[1]}x{images.shape[2]}"
         if images.shape[1:3] != (side, side):
-            raise ValueError(f"expected {side}x{side} images, got {size}; this judge resizes nothing")
+            raise InputError(
+                f"expected {side}x{side} images for --features demo, got {size}; the demo's judge resizes nothing: give "
+                "--features a vision model, or inception"
+            )
         for start in range(0, len(images), self._batch_size):
             yield to_pixels(images[start : start + self._batch_size])
 
     @torch.inference_mode()
     def __call__(self, images: Images) -> Tensor:
-        """Features [N, dim] float64 of uint8 images [N, R, R, 3], R the judge's resolution; ValueError for others."""
+        """Features [N, dim] float64 of uint8 images [N, R, R, 3], R the judge's resolution; InputError for another size."""
         return torch.cat([self._judge.features(pixels).double() for pixels in self._batches(images)])
 
     @torch.inference_mode()

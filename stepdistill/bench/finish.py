@@ -16,18 +16,19 @@ from ..export.folder import read_facts
 from ..export.hub import push
 from ..export.lines import loading_lines
 from ..export.sampling import sampling
-from ..families import Model, TeacherConfig, load
+from ..families import Model, TeacherConfig
 from ..families.loading import DEMO_JUDGE
 from ..methods.lcm import LCMConfig
 from ..networks.denoiser import Denoiser
 from .config import EvalConfig
-from .demo import compare_with_teacher
+from .contenders import open_contenders
+from .demo import STUDENT, compare_with_teacher
 from .features import JudgeFeatures
 from .generate import generate
 from .grid import picture_grid
 from .judge import Judge
 from .reference import Reference
-from .yardstick import Yardstick
+from .yardstick import Yardstick, demo_yardstick
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -101,12 +102,11 @@ def finish(
     folder = Path(folder)
     info = read_facts(folder)
     if teacher.path == "demo" and config.images:
-        fresh, bare = load(teacher), load(teacher)
-        pipe = with_export(fresh.pipeline(), folder, info)
-        pipe.scheduler = sampling(method, fresh).scheduler
+        bare, student = open_contenders(teacher.path, [str(folder)])
+        student.name = STUDENT
         compare_with_teacher(
-            folder, pipe, bare.pipeline(), demo_yardstick(config), REPOSITORY / config.results,
-            steps=config.steps.ints(), guidance=info["guidance_scale"],
+            folder, student, bare, recipes_yardstick(config), REPOSITORY / config.results, config.steps.ints(),
+            info["guidance_scale"],
         )  # fmt: skip
         print(f"pictures: {folder / 'grid.png'}   table: {folder / 'table.md'}")
         write_card(folder, info, loading_lines(folder, info), folder)  # now that there are scores for it
@@ -116,7 +116,7 @@ def finish(
         print(f"\nuploaded to {address}")
 
 
-def demo_yardstick(config: EvalConfig) -> Yardstick:
+def recipes_yardstick(config: EvalConfig) -> Yardstick:
     """What students of the demo teacher are measured with; real images are measured anew where no statistics were shipped."""
     judge = Judge.load(DEMO_JUDGE)
     try:
@@ -124,17 +124,4 @@ def demo_yardstick(config: EvalConfig) -> Yardstick:
     except InputError as error:
         print(f"measuring real images anew, which takes a minute: {error}")
         reference = None
-    return Yardstick(judge, (config.images,), reference=reference)
-
-
-def with_export(pipe: Any, folder: Path, info: dict[str, Any]) -> Any:
-    """A stock pipeline of the base model with the exported adapter or network in it."""
-    import diffusers
-
-    network = info["weights"]["network"]
-    if network is None:
-        pipe.load_lora_weights(str(folder))
-    else:
-        cls = getattr(diffusers, network["class"])
-        pipe.register_modules(**{network["folder"]: cls.from_pretrained(str(folder), subfolder=network["folder"])})
-    return pipe
+    return demo_yardstick(judge, (config.images,), reference=reference)

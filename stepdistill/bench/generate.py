@@ -98,13 +98,13 @@ def generate(
         options: passed on to the pipeline (negative_prompt, height, ...).
 
     Raises:
-        InputError: no prompts, steps or batch_size < 1, or a safety checker that blacked images out.
+        InputError: no prompts, steps or batch_size < 1, a safety checker that blacked images out, or pixels that are nan.
     """
     _check(prompts, steps, timesteps, batch_size, start_index)
     pipe.set_progress_bar_config(disable=True)
     network = denoiser_of(pipe)
     call: Any = pipe  # the base class declares no __call__
-    shape, dtype = _latent_shape(network, pipe, options), next(network.parameters()).dtype
+    shape, dtype = latent_shape(network, pipe, options), next(network.parameters()).dtype
     schedule: dict[str, Any] = {"num_inference_steps": steps} if timesteps is None else {"timesteps": list(timesteps)}
     images = []
     with _evaluating(pipe):
@@ -128,11 +128,15 @@ def _bytes(output: Any) -> Images:
     """A pipeline's float images as Diffusers makes its PIL images of them."""
     if any(output.get("nsfw_content_detected") or ()):
         raise InputError("expected images, got some blacked out by a safety checker; load with safety_checker=None")
+    if not np.isfinite(output.images).all():
+        raise InputError(
+            "expected finite pixels, got nan or inf; sample in another precision, e.g. --dtype fp32 or bf16"
+        )
     images: Images = (output.images * 255).round().astype(np.uint8)
     return images
 
 
-def _latent_shape(network: nn.Module, pipe: DiffusionPipeline, options: dict[str, Any]) -> tuple[int, int, int]:
+def latent_shape(network: nn.Module, pipe: DiffusionPipeline, options: dict[str, Any]) -> tuple[int, int, int]:
     """(C, h, w) of the latents: the network's own sample size, or the height and width asked for."""
     config: dict[str, Any] = dict(network.config)  # type: ignore[arg-type]
     size = config["sample_size"]

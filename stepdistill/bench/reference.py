@@ -1,83 +1,191 @@
-"""The real images that all are compared with, as numbers: moments for distances, some features for recall.
+"""The real images that all are compared with, as numbers: moments for distances, some features for recall, others held out.
 
-They depend on nothing but the judge and the world's reference seed, so they are computed once and shipped.
+Real images that the moments don't hold say what a perfect model would score: the floor. All of it depends on the images and the
+extractor alone, so it is computed once and kept in a file.
 """
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from ..demo.world import REFERENCE_SEED, World
 from ..errors import InputError
-from .features import JudgeFeatures, to_images
+from .features import FeatureExtractor
+from .moments import Moments
+from .real import RealImages, WorldImages
 
-COUNT, KEPT = 20_000, 2_000
+KEPT = 2_000  # images whose features stay
+MOST_BAD = 0.01  # share of the images that may be unreadable
 _PART = 1_000  # images in memory at a time
+_ABOUT = "about"  # one metadata key: safetensors writes several in random order
+_NAMES = ("mean", "cov", "features", "held")
+
+Progress = Callable[[int, int], object]
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What is kept of the first `count` images of the reference world.
+    """What is kept of real images.
 
     Attributes:
         mean: [d] float64 of their features.
         cov: [d, d] float64, unbiased.
-        features: [K, d] float32 of the first K of them.
-        count: how many there were.
-        weights_hash: of the extractor; features of another one don't compare.
+        features: [K, d] float32 of some of them.
+        held: [H, d] float32 of further ones, which mean and cov don't hold.
+        about: `source` and `hash` of the images, `resolution`, `wanted_held` and `features` ({name, hash, dim}), which decide
+            all else; and `count`, the images that mean and cov are of.
     """
 
     mean: Tensor
     cov: Tensor
     features: Tensor
-    count: int
-    weights_hash: str
+    held: Tensor
+    about: dict[str, Any]
+
+    @property
+    def count(self) -> int:
+        """Images that the moments are of."""
+        return int(self.about["count"])
+
+    @property
+    def of_the_demo(self) -> bool:
+        """Whether the images are the demo's world, of which there are further ones without end."""
+        return str(self.about["source"]).startswith(WorldImages.name)
 
     @classmethod
-    def measure(cls, features: JudgeFeatures, resolution: int, count: int = COUNT, kept: int = KEPT) -> Reference:
-        """Draws the images and reads them; `kept` of their features stay as they are."""
-        world = World(REFERENCE_SEED, resolution)
-        parts = [range(first, min(first + _PART, count)) for first in range(0, count, _PART)]
-        every = torch.cat([features(to_images(world.pixels(part))) for part in parts])
-        return cls(every.mean(0), every.T.cov(), every[:kept].float(), count, features.weights_hash)
+    def measure(
+        cls,
+        features: FeatureExtractor,
+        images: RealImages,
+        resolution: int,
+        held: int = 0,
+        kept: int = KEPT,
+        progress: Progress = lambda done, total: None,
+    ) -> Reference:
+        """Reads all images once, in parts.
+
+        Args:
+            features: what they are looked at by.
+            images: where they are from.
+            resolution: their side in pixels.
+            held: so many of them, the last of their order, are held out.
+            kept: so many of the others, the first, keep their features.
+            progress: gets (images done, images in all).
+
+        Raises InputError for fewer than 2 images that are not held out, or more than 1 in 100 that can't be read.
+        """
+        order, moments = images.order(), Moments(features.dim)
+        if len(order) - held < 2:
+            raise InputError(
+                f"expected 2 real images or more in {images.source}, of which {held} are held out, got {len(order)}; give more"
+            )
+        rest, apart = order[: len(order) - held], order[len(order) - held :]
+        stay: list[Tensor] = []
+        others: list[Tensor] = []
+        bad = done = 0
+        for indices, out in ((rest, False), (apart, True)):
+            for start in range(0, len(indices), _PART):
+                part = indices[start : start + _PART]
+                found = [image for image in images.read(part, resolution) if image is not None]
+                bad, done = bad + len(part) - len(found), done + len(part)
+                if bad > MOST_BAD * len(order):
+                    raise InputError(
+                        f"expected images that can be read in {images.source}, got {bad} that can't; fix them"
+                    )
+                if found:
+                    rows = features(np.stack(found))
+                    if out:
+                        others.append(rows.float())
+                    else:
+                        moments.update(rows)
+                        stay.append(rows[: max(0, kept - sum(map(len, stay)))].float())
+                progress(done, len(order))
+        about = {**_about(features, images, resolution, held), "count": moments.count}
+        none = torch.empty(0, features.dim)
+        return cls(moments.mean, moments.cov, torch.cat(stay), torch.cat([none, *others]), about)
+
+    @classmethod
+    def remembered(
+        cls,
+        path: str | os.PathLike[str],
+        features: FeatureExtractor,
+        images: RealImages,
+        resolution: int,
+        held: int = 0,
+        progress: Progress = lambda done, total: None,
+    ) -> Reference:
+        """From the file, if it holds these images by this extractor; else measured, and written there."""
+        wanted = _about(features, images, resolution, held)
+        try:
+            found = cls.load(path, features)
+            if {key: found.about.get(key) for key in wanted} == wanted:
+                return found
+        except InputError:
+            pass
+        found = cls.measure(features, images, resolution, held, progress=progress)
+        found.save(path)
+        return found
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes one safetensors file."""
-        from safetensors.torch import save_file
-
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        tensors = {"mean": self.mean, "cov": self.cov, "features": self.features}
-        facts = {"count": str(self.count), "weights_hash": self.weights_hash}
-        save_file({name: value.contiguous() for name, value in tensors.items()}, path, metadata=facts)
+        """Writes one safetensors file, whole or not at all."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp")
+        tensors = {name: vars(self)[name].contiguous() for name in _NAMES}
+        save_file(tensors, temporary, metadata={_ABOUT: json.dumps(self.about, sort_keys=True)})
+        temporary.replace(path)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], features: JudgeFeatures) -> Reference:
+    def load(cls, path: str | os.PathLike[str], features: FeatureExtractor) -> Reference:
         """What `save` wrote.
 
         Raises:
-            InputError: no such file, another kind of file, or one made with another judge than `features`.
+            InputError: no such file, another kind of file, or one made with another extractor than `features`.
         """
-        from safetensors import SafetensorError, safe_open
-
+        make = "write it again: stepdistill bench --make_reference"
         if not Path(path).is_file():
-            raise InputError(f"expected reference statistics, got nothing at {path}; python benchmarks/demo_teacher.py")
+            raise InputError(f"expected reference statistics, got nothing at {path}; {make}")
         try:
             with safe_open(path, framework="pt") as file:
-                facts = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in ("mean", "cov", "features")}
-            found = cls(**tensors, count=int(facts["count"]), weights_hash=facts["weights_hash"])
-        except (SafetensorError, KeyError, ValueError) as error:
+                about = json.loads((file.metadata() or {})[_ABOUT])
+                found = cls(**{name: file.get_tensor(name) for name in _NAMES}, about=about)
+            by = found.about["features"]
+            other = by["hash"] != features.weights_hash
+        except (SafetensorError, KeyError, ValueError, TypeError) as error:
+            raise InputError(f"expected reference statistics, got {path} ({error}); {make}") from error
+        if other:
             raise InputError(
-                f"expected reference statistics, got {path} ({error}); python benchmarks/demo_teacher.py writes them"
-            ) from error
-        if found.weights_hash != features.weights_hash:
-            raise InputError(
-                f"expected reference statistics of judge {features.weights_hash}, got those of {found.weights_hash} in "
-                f"{path}; write them again: python benchmarks/demo_teacher.py"
+                f"expected reference statistics by {features.name} ({features.weights_hash}), got those by {by['name']} "
+                f"({by['hash']}) in {path}; {make}"
             )
         return found
+
+    def identity(self) -> dict[str, Any]:
+        """What it is, for a protocol."""
+        keys = ("source", "hash", "count", "resolution")
+        return {**{key: self.about[key] for key in keys}, "kept": len(self.features), "held": len(self.held)}
+
+
+def described(features: FeatureExtractor) -> dict[str, Any]:
+    """An extractor, for files."""
+    return {"name": features.name, "hash": features.weights_hash, "dim": features.dim}
+
+
+def _about(features: FeatureExtractor, images: RealImages, resolution: int, held: int) -> dict[str, Any]:
+    return {
+        "source": images.source,
+        "hash": images.hash,
+        "resolution": resolution,
+        "wanted_held": held,
+        "features": described(features),
+    }

@@ -1,231 +1,165 @@
-"""The table: rows of model x steps x guidance with everything needed to read them, as JSON and as Markdown.
-
-A row without its protocol says nothing, so both travel together: which prompts, seeds and features, how many images, what real
-images score at that number, and the machine that the seconds belong to.
-"""
+"""Results as a table: Markdown that pastes into a model card, and CSV. A column is there if something was measured for it."""
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from typing import Any
+import csv
+import io
+from collections.abc import Callable, Sequence
 
-import torch
+from .metrics import CLEAR
+from .quantities import ACCURACY, Quantity, quantity
+from .rows import FD, TEACHER, Quality, Results, Speed, Value
+from .verdict import answers
 
-from ..errors import InputError
-from .latency import summary
-from .metrics import CLEAR, is_clear
-
-SCHEMA = 2
-TEACHER = "teacher"
 UNCLEAR = "unclear"
-_WIDTH = 2 * 1.96  # of a normal 95 % interval, in standard deviations
+_AGAINST = ("against", "against_low", "against_high")
+_SHOWN = ("kid", "recall", "diversity", "clip_score", ACCURACY)  # beside the distance; CSV and JSON have all
 
 
-@dataclass(frozen=True)
-class Row:
-    """One configuration.
-
-    Attributes:
-        model: "teacher", "student", ...
-        steps: denoising steps asked for.
-        guidance: guidance scale, as the pipeline reads it.
-        frechet: distance to the reference images.
-        interval: 95 % bootstrap interval of it.
-        kid: kernel distance, unbiased: about 0 for real images.
-        recall: share of real images that lie among these.
-        diversity: mean distance of the features of two images of one caption.
-        accuracy: attribute -> share of images that show what was asked for; "all" = every attribute.
-        accuracy_interval: 95 % bootstrap interval of "all".
-        seconds: per image, raw, one value a timed call.
-        evaluations: network evaluations an image, counted; guidance makes two a step.
-        n: images.
-    """
-
-    model: str
-    steps: int
-    guidance: float
-    frechet: float
-    interval: tuple[float, float]
-    kid: float
-    recall: float
-    diversity: float
-    accuracy: dict[str, float]
-    accuracy_interval: tuple[float, float]
-    seconds: tuple[float, ...]
-    evaluations: float
-    n: int
-
-    @property
-    def seconds_p50(self) -> float:
-        """The median of `seconds`."""
-        return summary(self.seconds)["p50"]
-
-    @property
-    def configuration(self) -> tuple[str, int, float]:
-        """What images are made by: model, steps, guidance. Rows that differ in n alone share it."""
-        return self.model, self.steps, self.guidance
-
-    @classmethod
-    def read(cls, data: dict[str, Any]) -> Row:
-        """A row back from JSON."""
-        lists = {name: tuple(data[name]) for name in ("interval", "accuracy_interval", "seconds")}
-        return cls(**{**data, **lists})
+def markdown(results: Results) -> str:
+    """The table with padded cells, which reads well as plain text too, and under it what one has to know to read it."""
+    shown = columns(results)
+    rows = [[escaped(cell(row)) for _, cell in shown] for row in results.quality]
+    said = [
+        f"- {escaped(line)}" for line in [*(a.headline for a in answers(results)), *legend(results), *results.notes]
+    ]
+    return "\n".join([*aligned([head for head, _ in shown], rows), "", *said]) + "\n"
 
 
-def environment() -> dict[str, Any]:
-    """What seconds and last digits depend on: versions, platform, threads, accelerator."""
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return {
-        **{name: _version(name) for name in ("torch", "diffusers", "transformers", "peft", "torchmetrics")},
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "machine": platform.machine(),
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "accelerator": str(accelerator or "none"),
-    }
+def escaped(text: str) -> str:
+    """One line of Markdown that can't end its table's cell."""
+    return " ".join(text.split()).replace("|", "\\|")
 
 
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
+Column = tuple[str, Callable[[Quality], str]]
 
 
-@dataclass
-class Results:
-    """Rows and what they mean.
-
-    Attributes:
-        rows: in the order of the table.
-        protocol: at least `features` ({name, hash}), `seeds` and `real` (number of images, as a string -> what so many real
-            images score: frechet, which is the floor, interval, recall, diversity, accuracy); whatever else says how
-            the numbers were made.
-        environment: of the machine that made the rows.
-        notes: sentences printed under the table.
-    """
-
-    rows: list[Row]
-    protocol: dict[str, Any]
-    environment: dict[str, Any] = field(default_factory=environment)
-    notes: list[str] = field(default_factory=list)
-
-    def to_json(self) -> str:
-        """The file's text; ValueError for nan or inf, which JSON doesn't have."""
-        return json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1, allow_nan=False) + "\n"
-
-    def write(self, path: str | os.PathLike[str]) -> None:
-        """Writes the JSON file; an older one is replaced whole or not at all."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(self.to_json(), encoding="utf-8")
-        temporary.replace(path)
-
-    @classmethod
-    def read(cls, path: str | os.PathLike[str]) -> Results:
-        """Results back from a file; InputError if it is missing, no results file, or of another schema."""
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-            found = data.pop("schema")
-        except FileNotFoundError as error:
-            raise InputError(
-                f"expected a results file, got nothing at {path}; run the benchmark that writes it"
-            ) from error
-        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
-            raise InputError(f"expected a results file with a schema number, got {path}; write it again") from error
-        if found != SCHEMA:
-            raise InputError(f"expected results of schema {SCHEMA}, got {found} in {path}; write them again")
-        try:
-            return cls(rows=[Row.read(row) for row in data.pop("rows")], **data)
-        except (KeyError, TypeError) as error:
-            raise InputError(
-                f"expected the fields of schema {SCHEMA}, got others in {path} ({error}); write it again"
-            ) from error
-
-    def floor(self, n: int) -> tuple[float, float] | None:
-        """The distance of n real images, and its standard deviation by bootstrap, if it was measured."""
-        real = self.protocol["real"].get(str(n))
-        return None if real is None else (real["frechet"], (real["interval"][1] - real["interval"][0]) / _WIDTH)
-
-    def best(self, n: int, steps: int | None = None) -> Row | None:
-        """The teacher's row of the lowest distance, whatever its guidance: of all, or at one number of steps."""
-        rows = [r for r in self.rows if r.model == TEACHER and r.n == n and steps in (None, r.steps)]
-        return min(rows, key=lambda r: r.frechet, default=None)
-
-    def times_best(self, row: Row) -> float | None:
-        """A row's distance over the teacher's lowest, both less the floor; None if either does not clear the floor.
-
-        To clear the floor is to lie above it by 5 times its standard deviation.
-        """
-        best, floor = self.best(row.n), self.floor(row.n)
-        if best is None or floor is None or not all(is_clear(r.frechet, *floor) for r in (row, best)):
-            return None
-        return (row.frechet - floor[0]) / (best.frechet - floor[0])
-
-    def gap_closed(self, row: Row) -> float | None:
-        """Which share of the way from the teacher at the same steps to the teacher's best a row has gone; 1 is all of it.
-
-        Both ends are the teacher's lowest distances over all guidances. None for the teacher itself, and where the two ends are
-        not 5 standard deviations of the floor apart.
-        """
-        same, best, floor = self.best(row.n, row.steps), self.best(row.n), self.floor(row.n)
-        if row.model == TEACHER or same is None or best is None or floor is None:
-            return None
-        if not is_clear(same.frechet, best.frechet, floor[1]):
-            return None
-        return (same.frechet - row.frechet) / (same.frechet - best.frechet)
-
-    def markdown(self) -> str:
-        """The table with padded cells, which reads well as plain text too, and under it what one has to know to read it."""
-        head = ["model", "steps", "guidance", "evaluations", "Frechet distance", "x teacher's best", "gap closed"]
-        head += ["recall", "diversity", "all right", "lowest attribute", "s / image", "N"]
-        return "\n".join([*aligned(head, [self._cells(row) for row in self.rows]), "", *self._legend()]) + "\n"
-
-    def _cells(self, row: Row) -> list[str]:
-        times, gap, (low, high) = self.times_best(row), self.gap_closed(row), row.accuracy_interval
-        lowest = min((name for name in row.accuracy if name != "all"), key=lambda name: row.accuracy[name])
-        return [
-            row.model,
-            str(row.steps),
-            f"{row.guidance:g}",
-            f"{row.evaluations:g}",
-            f"{row.frechet:.3g} [{row.interval[0]:.3g}, {row.interval[1]:.3g}]",
-            UNCLEAR if times is None else f"{times:.2f}",
-            "" if gap is None else f"{gap:.0%}",
-            f"{row.recall:.2f}",
-            f"{row.diversity:.3g}",
-            f"{row.accuracy['all']:.1%} [{low:.1%}, {high:.1%}]",
-            f"{lowest} {row.accuracy[lowest]:.1%}",
-            f"{row.seconds_p50:.3g}" if row.seconds else "",
-            str(row.n),
+def columns(results: Results) -> list[Column]:
+    """Heads, and what makes a row's cell, as plain text."""
+    measured = {key for row in results.quality for key in row.values}
+    has_teacher = any(row.cell.model == TEACHER for row in results.quality)
+    shown: list[Column] = [
+        ("model", lambda r: r.cell.model),
+        ("steps", lambda r: str(r.cell.steps)),
+        ("guidance", lambda r: f"{r.cell.guidance:g}"),
+        ("evaluations", lambda r: f"{r.evaluations:g}"),
+        (quantity(FD).label, lambda r: _spelled(FD, r.values.get(FD))),
+    ]
+    if any(row.against is not None for row in results.quality):
+        shown.append(("against the teacher", against))
+    if has_teacher:
+        shown += [
+            ("x teacher's best", lambda r: UNCLEAR if (x := results.times_best(r)) is None else f"{x:.2f}"),
+            ("gap closed", lambda r: "" if (x := results.gap_closed(r)) is None else f"{x:.0%}"),
         ]
+    shown += [(quantity(k).label, _reader(k)) for k in _SHOWN if k in measured]
+    if any(key.startswith(f"{ACCURACY}/") for key in measured):
+        shown.append(("lowest attribute", _lowest))
+    if results.speed:
+        shown.append(("s / image", lambda r: _seconds(results, r)))
+    return [*shown, ("N", lambda r: str(r.n))]
 
-    def _legend(self) -> list[str]:
-        features = self.protocol["features"]
-        used = {str(row.n) for row in self.rows}
-        lines = [
-            f"Frechet distance by {features['name']} ({features['hash']}), lower is better. Brackets: 95 % bootstrap."
-        ]
+
+def against(row: Quality) -> str:
+    """Whether a row's distance can be told from the teacher's, and by how much it differs then."""
+    if row.against is None or row.against.interval is None:
+        return ""
+    low, high = row.against.interval
+    return "indistinguishable" if low <= 0 <= high else f"{row.against.value:+.3g} [{low:+.3g}, {high:+.3g}]"
+
+
+def _reader(key: str) -> Callable[[Quality], str]:
+    return lambda row: _spelled(key, row.values.get(key))
+
+
+def _spelled(key: str, value: Value | None) -> str:
+    if value is None:
+        return ""
+    form = quantity(key).form
+    if value.interval is None:
+        return f"{value.value:{form}}"
+    return f"{value.value:{form}} [{value.interval[0]:{form}}, {value.interval[1]:{form}}]"
+
+
+def _lowest(row: Quality) -> str:
+    """The attribute that is right least often."""
+    shares = {k: v.value for k, v in row.values.items() if k.startswith(f"{ACCURACY}/")}
+    if not shares:
+        return ""
+    lowest = min(shares, key=shares.__getitem__)
+    return f"{quantity(lowest).label} {shares[lowest]:.1%}"
+
+
+def single(results: Results, row: Quality) -> Speed | None:
+    """The timings of a row's cell at its smallest batch."""
+    return min((s for s in results.speed if s.cell == row.cell), key=lambda s: s.batch_size, default=None)
+
+
+def _seconds(results: Results, row: Quality) -> str:
+    speed = single(results, row)
+    return "" if speed is None else f"{speed.image['p50']:.3g}"
+
+
+def legend(results: Results) -> list[str]:
+    """What one has to know to read the table, a sentence a line."""
+    features = results.protocol["features"]
+    lines = [f"Frechet distance by {features['name']} ({features['hash']}), lower is better. Brackets: 95 % bootstrap."]
+    if results.teacher is not None and any(row.against is not None for row in results.quality):
+        lines.append(
+            f"Against the teacher: distance less that of {results.teacher}, same prompts drawn for both; "
+            "indistinguishable where the interval holds 0."
+        )
+    shown = [quantity(key) for key in _SHOWN if any(key in row.values for row in results.quality)]
+    lines += [f"{q.label[:1].upper()}{q.label[1:]}: {q.note}." for q in shown if q.note]
+    for n in sorted({row.n for row in results.quality}):
+        keys = [key for key in (FD, *_SHOWN) if results.real(n, key) is not None]
+        if keys:
+            scores = ", ".join(_real(results, n, quantity(key)) for key in keys)
+            lines.append(f"{n} real images score: {scores}.")
+    if any(row.cell.model == TEACHER for row in results.quality):
         lines += [
-            f"{n} real images of the same captions: distance {real['frechet']:.3g} (the floor), recall {real['recall']:.2f}, "
-            f"diversity {real['diversity']:.3g}, {real['accuracy']['all']:.1%} all right."
-            for n, real in self.protocol["real"].items()
-            if n in used
-        ]
-        lines += [
-            f"x teacher's best: distance less the floor, over the teacher's lowest at this N less the floor. {UNCLEAR}: "
-            f"less than {CLEAR:g} standard deviations of the floor above it.",
+            "x teacher's best: distance less the floor, over the teacher's lowest at this N less the floor. "
+            f"{UNCLEAR}: less than {CLEAR:g} standard deviations of the floor above it.",
             "Gap closed: which share of the way from the teacher's lowest distance at the same steps to its lowest of all.",
         ]
-        return [f"- {line}" for line in [*lines, *self.notes]]
+    return [*lines, *_timing(results)]
+
+
+def _timing(results: Results) -> list[str]:
+    if not results.speed:
+        return []
+    timed = filter(None, (single(results, row) for row in results.quality))
+    batches = " or ".join(str(size) for size in sorted({speed.batch_size for speed in timed}))
+    facts = {"accelerator": "accelerator", "threads": "CPU threads", "torch": "torch"}
+    machine = ", ".join(f"{label} {results.environment.get(key, 'unknown')}" for key, label in facts.items())
+    return [f"s / image: median of calls with a batch of {batches} ({machine})."]
+
+
+def _real(results: Results, n: int, what: Quantity) -> str:
+    value = results.real(n, what.key)
+    number = "" if value is None else f"{value.value:{what.form}}"
+    return f"{what.label} {number}{' (the floor)' if what.floored else ''}"
+
+
+def to_csv(results: Results) -> str:
+    """One line a cell and number of images, every quantity with its interval, seconds an image at the smallest batch."""
+    keys = list(dict.fromkeys(key for row in results.quality for key in row.values))
+    spans = {key for row in results.quality for key, value in row.values.items() if value.interval is not None}
+    heads = [name for key in keys for name in ([key, f"{key}_low", f"{key}_high"] if key in spans else [key])]
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["model", "steps", "guidance", "n", "evaluations", *heads, *_AGAINST, "seconds_p50", "batch_size"])
+    for row in results.quality:
+        cells: list[object] = [row.cell.model, row.cell.steps, row.cell.guidance, row.n, row.evaluations]
+        for key in keys:
+            value = row.values.get(key)
+            cells.append("" if value is None else value.value)
+            if key in spans:
+                cells += ["", ""] if value is None or value.interval is None else list(value.interval)
+        cells += ["", "", ""] if row.against is None else [row.against.value, *(row.against.interval or ("", ""))]
+        speed = single(results, row)
+        writer.writerow([*cells, *(["", ""] if speed is None else [speed.image["p50"], speed.batch_size])])
+    return out.getvalue()
 
 
 def aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

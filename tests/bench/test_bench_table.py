@@ -1,160 +1,142 @@
-"""The table reads back as it was written, lines up, and states no ratio that the floor doesn't allow."""
+"""The table lines up, says everything that is needed to read it, and states no ratio that the floor doesn't allow."""
 
 from __future__ import annotations
 
-import json
+import csv
+import io
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
+from invented import invented
 
-from stepdistill.bench.table import UNCLEAR, Results, Row, environment
-from stepdistill.errors import InputError
+from stepdistill.bench.rows import Cell, Quality, Results, Speed, Value
+from stepdistill.bench.table import UNCLEAR, columns, markdown, single, to_csv
 
-ROW = Row(
-    model="teacher",
-    steps=4,
-    guidance=3.0,
-    frechet=20.0,
-    interval=(18.5, 21.25),
-    kid=0.02,
-    recall=0.875,
-    diversity=3.14159,
-    accuracy={"shape": 0.5, "colour": 0.75, "all": 0.375},
-    accuracy_interval=(0.3, 0.45),
-    seconds=(0.3, 0.1, 0.2),
-    evaluations=8.0,
-    n=100,
-)
-
-
-def results(*rows: Row, **changes: Any) -> Results:
-    real = {
-        "frechet": 1.0,
-        "interval": [1 - 0.392, 1 + 0.392],
-        "recall": 0.95,
-        "diversity": 4.0,
-        "accuracy": {"all": 1.0},
-    }
-    protocol = {"features": {"name": "demo judge", "hash": "abc123"}, "real": {"100": real}, "seeds": {"noise": 0}}
-    return Results(list(rows), protocol, **changes)
+VALUES = {
+    "fd": Value(20.0, (18.5, 21.25)),
+    "kid": Value(0.02),
+    "recall": Value(0.875),
+    "diversity": Value(3.14159),
+    "accuracy": Value(0.375, (0.3, 0.45)),
+    "accuracy/shape": Value(0.5),
+    "accuracy/colour": Value(0.75),
+}
+REAL = {
+    "fd": {"value": 1.0, "interval": [1 - 0.392, 1 + 0.392]},
+    **{
+        key: {"value": value, "interval": None}
+        for key, value in {"recall": 0.95, "diversity": 4.0, "accuracy": 1.0}.items()
+    },
+}
 
 
-def student(**changes: Any) -> Row:
-    return replace(ROW, model="student", **changes)
+def row(model: str = "teacher", steps: int = 4, fd: float = 20.0, **changes: Any) -> Quality:
+    values = {**VALUES, "fd": Value(fd, (fd - 1.5, fd + 1.25))}
+    return replace(Quality(Cell(model, steps, 3.0), 100, 8.0, values), **changes)
 
 
-def test_reads_back_as_written(tmp_path: Path) -> None:
-    written = results(ROW, student(frechet=0.1 + 0.2), notes=["a note"])
-    written.write(tmp_path / "new" / "results.json")
-    assert Results.read(tmp_path / "new" / "results.json") == written
-    assert [p.name for p in (tmp_path / "new").iterdir()] == ["results.json"]
-    data = json.loads((tmp_path / "new" / "results.json").read_text())
-    assert data["schema"] == 2
-    assert data["rows"][0]["seconds"] == [0.3, 0.1, 0.2]  # raw, in the order taken
+def speed(cell: Cell, *seconds: float, batch_size: int = 1) -> Speed:
+    return Speed(cell, batch_size, seconds, {}, 8.0)
 
 
-def test_environment_says_what_the_seconds_belong_to() -> None:
-    import torch
-
-    here = environment()
-    assert here["torch"] == torch.__version__
-    assert here["threads"] == torch.get_num_threads()
-    assert {"python", "platform", "machine", "cpus", "accelerator"} < here.keys()
+def results(*rows: Quality, **changes: Any) -> Results:
+    protocol = {"features": {"name": "demo judge", "hash": "abc123"}, "real": {"100": REAL}, "seeds": {"noise": 0}}
+    return Results(list(rows), **{"protocol": protocol, **changes})
 
 
-def test_median_seconds() -> None:
-    assert ROW.seconds_p50 == 0.2
+def cells(text: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
 
 
-def teacher(**changes: Any) -> Row:
-    return replace(ROW, **changes)
-
-
-def test_the_floor_and_its_spread() -> None:
-    floor = results(ROW).floor(100)
-    assert floor is not None and floor == pytest.approx((1.0, 0.2))  # 1.96 standard deviations either side
-    assert results(ROW).floor(50) is None
-
-
-def test_times_best_is_over_the_lowest_of_all_guidances_less_the_floor() -> None:
-    table = results(
-        teacher(steps=50, frechet=7.0), teacher(steps=50, guidance=2.0, frechet=5.0), teacher(frechet=9.0),
-        student(frechet=7.0), student(frechet=3.0), student(frechet=7.0, n=50),
-    )  # fmt: skip
-    assert [table.times_best(row) for row in table.rows] == [1.5, 1.0, 2.0, 1.5, 0.5, None]
+def test_markdown_lines_up_and_says_everything() -> None:
+    main = row()
+    text = markdown(
+        results(
+            main,
+            row(steps=1, fd=101.0, against=Value(81.0, (70.0, 90.0))),
+            row("student", 1, 21.0, against=Value(1.0, (-1.0, 3.0))),
+            row("student", 16),
+            notes=["Late."],
+            speed=[speed(main.cell, 0.3, 0.1, 0.2), speed(main.cell, 1.2, batch_size=4)],
+            teacher=main.cell,
+            environment={"torch": "9.9", "threads": 3, "accelerator": "none"},
+        )
+    )
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(lines) == 2 + 4
+    assert len({tuple(i for i, c in enumerate(line) if c == "|") for line in lines}) == 1  # every bar in one column
+    found = cells(text)
+    assert found[0][:4] == ["model", "steps", "guidance", "evaluations"]
+    first = [
+        "teacher",
+        "4",
+        "3",
+        "8",
+        "20 [18.5, 21.2]",
+        "",
+        "1.00",
+        "",
+        "0.02",
+        "0.88",
+        "3.14",
+        "37.5% [30.0%, 45.0%]",
+    ]
+    assert found[2] == [*first, "shape 50.0%", "0.2", "100"]
+    assert found[3][5] == "+81 [+70, +90]"
+    assert found[4][5:8] == ["indistinguishable", "1.05", "99%"]
+    assert found[5][-2] == ""  # not timed
+    for words in (
+        "demo judge (abc123)", "100 real images", "distance 1 (the floor)", "95 % bootstrap", "Late.", "batch of 1 (",
+        "less that of teacher, 4 steps, guidance 3", "student: 1 step at guidance 3: indistinguishable",
+        "CPU threads 3, torch 9.9",
+    ):  # fmt: skip
+        assert words in text
 
 
 @pytest.mark.parametrize(("ours", "best", "clear"), [(2.01, 20.0, True), (1.99, 20.0, False), (20.0, 1.99, False)])
 def test_no_ratio_within_five_deviations_of_the_floor(ours: float, best: float, clear: bool) -> None:
-    table = results(teacher(frechet=best), student(frechet=ours))
-    assert (table.times_best(table.rows[1]) is not None) == clear
-    assert (UNCLEAR in table.markdown().split("N |")[1].split("- Frechet")[0]) == (not clear)
+    text = markdown(results(row(fd=best), row("student", fd=ours)))
+    assert any(UNCLEAR in cell for line in cells(text) for cell in line) == (not clear)
 
 
-def test_gap_closed_is_measured_from_the_best_guidance_at_the_same_steps() -> None:
+def test_a_column_is_there_if_something_was_measured_for_it() -> None:
+    bare = row("student", values={"recall": Value(0.5)})
+    assert [head for head, _ in columns(results(bare))] == [
+        "model", "steps", "guidance", "evaluations", "Frechet distance", "recall", "N",
+    ]  # fmt: skip
+    text = markdown(results(bare, row("other")))
+    assert cells(text)[2][4:6] == ["", ""]  # no distance, no KID
+    assert "x teacher's best" not in text and "against the teacher" not in text
+    nothing = markdown(results(bare, protocol={"features": {"name": "f", "hash": "h"}}))
+    assert "real images score" not in nothing
+
+
+def test_a_model_called_like_a_table_breaks_none() -> None:
+    text = markdown(results(row("a|b\nc"), notes=["one\n\n# two"]))
+    assert cells(text.replace("\\|", "/"))[2][0] == "a/b c"
+    assert "\n#" not in text
+
+
+def test_csv_has_every_value_with_its_interval() -> None:
     table = results(
-        teacher(steps=50, frechet=5.0), teacher(steps=2, frechet=35.0), teacher(steps=2, guidance=1.0, frechet=25.0),
-        student(steps=2, frechet=10.0), student(steps=2, frechet=5.0), student(steps=2, frechet=30.0), student(steps=3),
+        row(), row("s, t", against=Value(1.5, (0.5, 2.5)), values={"fd": Value(0.1 + 0.2), "cmmd": Value(7.0)}),
+        speed=[speed(row().cell, 8.0, batch_size=4), speed(row().cell, 4.0, batch_size=2)],
     )  # fmt: skip
-    assert [table.gap_closed(row) for row in table.rows] == [None, None, None, 0.75, 1.0, -0.25, None]
+    first, second = csv.DictReader(io.StringIO(to_csv(table)))
+    assert (first["fd"], first["fd_low"], first["fd_high"]) == ("20.0", "18.5", "21.25")
+    assert (first["accuracy/shape"], first["cmmd"], first["against"]) == ("0.5", "", "")
+    assert (first["seconds_p50"], first["batch_size"]) == ("2.0", "2")  # seconds an image at the smallest batch
+    assert "kid_low" not in first  # nobody has its interval
+    assert (second["model"], second["fd"], second["fd_low"], second["cmmd"]) == ("s, t", repr(0.1 + 0.2), "", "7.0")
+    assert (second["against"], second["against_low"], second["against_high"]) == ("1.5", "0.5", "2.5")
+    assert (second["seconds_p50"], second["kid"]) == ("", "")
+    assert len(to_csv(invented()).splitlines()) == 1 + len(invented().quality)
 
 
-@pytest.mark.parametrize(("same", "stated"), [(6.01, True), (5.99, False)])
-def test_no_share_of_a_gap_that_is_none(same: float, stated: bool) -> None:
-    table = results(teacher(steps=50, frechet=5.0), teacher(steps=8, frechet=same), student(steps=8, frechet=5.0))
-    assert (table.gap_closed(table.rows[2]) is not None) == stated
-
-
-def test_no_shares_without_the_teacher_or_real_images_at_this_number() -> None:
-    alone = results(student())
-    assert alone.times_best(alone.rows[0]) is None and alone.gap_closed(alone.rows[0]) is None
-    fewer = results(teacher(n=50), student(n=50))
-    assert fewer.times_best(fewer.rows[1]) is None and fewer.gap_closed(fewer.rows[1]) is None
-
-
-def test_markdown_lines_up_and_says_everything() -> None:
-    text = results(
-        ROW,
-        teacher(steps=1, frechet=101.0),
-        student(steps=1, frechet=21.0),
-        student(steps=16, seconds=()),
-        notes=["Late."],
-    ).markdown()
-    lines = [line for line in text.splitlines() if line.startswith("|")]
-    assert len(lines) == 2 + 4
-    assert len({tuple(i for i, c in enumerate(line) if c == "|") for line in lines}) == 1  # every bar in one column
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-    assert cells[0][:4] == ["model", "steps", "guidance", "evaluations"]
-    first = ["teacher", "4", "3", "8", "20 [18.5, 21.2]", "1.00", "", "0.88", "3.14", "37.5% [30.0%, 45.0%]"]
-    assert cells[2] == [*first, "shape 50.0%", "0.2", "100"]
-    assert cells[4][5:7] == ["1.05", "99%"]
-    assert cells[5][-2] == ""  # not timed
-    for words in ("demo judge (abc123)", "100 real images", "distance 1 (the floor)", "95 % bootstrap", "Late."):
-        assert words in text
-
-
-def test_no_nan_in_a_file() -> None:
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        results(replace(ROW, frechet=float("nan"))).to_json()
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("{", "with a schema number"),
-        ("[]", "with a schema number"),
-        ("{}", "with a schema number"),
-        ('{"schema": 99}', "schema 2, got 99"),
-        ('{"schema": 2, "rows": [{"model": "x"}]}', "fields of schema 2"),
-        ('{"schema": 2, "rows": [], "protocoll": {}}', "fields of schema 2"),
-        (None, "got nothing at"),
-    ],
-)
-def test_what_is_no_results_file(tmp_path: Path, text: str | None, message: str) -> None:
-    path = tmp_path / "results.json"
-    if text is not None:
-        path.write_text(text)
-    with pytest.raises(InputError, match=message):
-        Results.read(path)
+def test_the_smallest_batch_is_timed_for_the_table() -> None:
+    main = row()
+    both = [speed(main.cell, 4.0, batch_size=4), speed(main.cell, 1.0, batch_size=2), speed(Cell("x", 1, 1.0), 9.0)]
+    found = single(results(main, speed=both), main)
+    assert found is not None and found.batch_size == 2
+    assert "batch of 2" in markdown(results(main, speed=both))

@@ -13,6 +13,7 @@ from tiny_sdxl import tiny_sdxl
 
 from stepdistill.bench import finish as module
 from stepdistill.bench.config import EvalConfig
+from stepdistill.bench.contenders import open_contenders
 from stepdistill.bench.finish import finish, sampler
 from stepdistill.bench.generate import generate
 from stepdistill.errors import InputError
@@ -104,16 +105,20 @@ def test_on_the_demo_teacher_the_exported_files_are_measured(
     export_student(tmp_path, model, student, TeacherConfig(str(folders["sd"])), METHOD)
     expected, seen = look_at(model, student, 8.0), {}
 
-    def compare(folder: Path, pipe: Any, bare: Any, *_: Any, **options: Any) -> None:
-        seen.update(options, scheduler=type(pipe.scheduler).__name__, own=pipe.unet is not bare.unet)
+    def compare(folder: Path, contender: Any, bare: Any, *options: Any) -> None:
+        pipe = contender.pipe
+        seen.update(scheduler=type(pipe.scheduler).__name__, own=pipe.unet is not bare.pipe.unet, guidance=options[-1])
+        seen.update(names=(contender.name, bare.name), steps=options[-2])
         seen["output"] = look_at(model, _as(student, pipe.unet), 8.0)
         (folder / "table.md").write_text("| row |")
 
-    monkeypatch.setattr(module, "load", lambda teacher: opened(folders["sd"]))
+    monkeypatch.setattr(module, "open_contenders", lambda _, runs: open_contenders(str(folders["sd"]), runs))
+    monkeypatch.setattr(module, "recipes_yardstick", lambda config: config)
     monkeypatch.setattr(module, "compare_with_teacher", compare)
     finish(tmp_path, TeacherConfig("demo"), METHOD, EvalConfig(images=4))
     assert torch.equal(seen["output"], expected)
     assert (seen["guidance"], seen["scheduler"], seen["own"]) == (8.0 if kind == "full" else 1.0, "LCMScheduler", True)
+    assert (seen["names"], seen["steps"]) == (("student", "teacher"), (8, 4, 2, 1))
     card = (tmp_path / "README.md").read_text()
     assert "## Results\n\n| row |" in card
     code = card.split("```python\n")[1].split("```")[0]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from stepdistill.bench.latency import count_evaluations, measure, summary
+from stepdistill.bench import latency
+from stepdistill.bench.latency import Timing, count_evaluations, latency_pass, measure, summary
 
 
 def test_calls_are_warmed_up_and_take_turns() -> None:
@@ -24,6 +26,68 @@ def test_seconds_are_seconds() -> None:
     seconds = measure({"slow": lambda: time.sleep(0.02), "quick": lambda: None}, repeats=3, warmup=0)
     assert min(seconds["slow"]) >= 0.02
     assert summary(seconds["quick"])["p50"] < 0.01
+
+
+class Clock:
+    """A clock that stands still, and a device whose work takes its time when it is waited for."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.queued = 0.0, 0.0
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(latency, "synchronise", self.synchronise)
+
+    def queue(self, seconds: float) -> None:
+        self.queued += seconds
+
+    def synchronise(self) -> None:
+        self.now, self.queued = self.now + self.queued, 0.0
+
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def test_queued_work_belongs_to_its_call_and_what_follows_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, after = Clock(monkeypatch), []
+
+    def after_call() -> None:
+        after.append(clock.now)
+        clock.wait(500.0)
+        clock.queue(1000.0)  # left over when the next call starts
+
+    calls = {"a": lambda: clock.queue(2.0), "b": lambda: clock.wait(3.0)}
+    assert measure(calls, repeats=2, warmup=1, after_call=after_call) == {"a": [2.0, 2.0], "b": [3.0, 3.0]}
+    assert len(after) == 6
+
+
+def test_a_pass_interleaves_the_cells_within_each_batch_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, order, progress = Clock(monkeypatch), [], []
+
+    def cell(name: str, seconds: float) -> Callable[[int], None]:
+        def call(size: int) -> None:
+            order.append(f"{name}{size}")
+            clock.queue(1.0 + seconds * size)
+
+        return call
+
+    cells = {"a": cell("a", 2.0), "b": cell("b", 4.0)}
+    timings = latency_pass(cells, [1, 4, 1], 2, 1, lambda done, total: progress.append((done, total)))
+    assert "".join(order) == "a1b1" + "a1b1" + "b1a1" + "a4b4" + "a4b4" + "b4a4"
+    assert timings == {
+        ("a", 1): Timing(1, (3.0, 3.0)),
+        ("b", 1): Timing(1, (5.0, 5.0)),
+        ("a", 4): Timing(4, (9.0, 9.0)),
+        ("b", 4): Timing(4, (17.0, 17.0)),
+    }
+    assert timings["b", 4].per_image == (4.25, 4.25)
+    assert progress == [(i, 12) for i in range(1, 13)]
+
+
+@pytest.mark.parametrize(("cells", "sizes"), [({}, [1]), ({"a": int}, []), ({"a": int}, [2, 0])])
+def test_bad_passes(cells: dict[str, type], sizes: list[int]) -> None:
+    with pytest.raises(ValueError, match="expected cells and batch sizes"):
+        latency_pass(cells, sizes, repeats=1)
+    with pytest.raises(ValueError, match="repeats >= 1"):
+        latency_pass({"a": int}, [1], repeats=0)
 
 
 def test_summary_by_hand() -> None:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from stepdistill.bench import manifold
+from stepdistill.bench.kernels import kid
 from stepdistill.bench.manifold import coverage, diversity, precision, prompt_diversities, recall
-from stepdistill.bench.metrics import bootstrap_interval, frechet_to, kid
+from stepdistill.bench.metrics import bootstrap_interval, frechet_to
 from stepdistill.errors import InputError
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,17 +11,29 @@ import pytest
 from recipe_runs import load_recipe, load_script
 from tiny import tiny_pipeline
 
-from stepdistill.bench import demo, yardstick
-from stepdistill.bench.table import Results, Row
+from stepdistill.bench import demo
+from stepdistill.bench.environment import environment
+from stepdistill.bench.rows import Cell, Quality, Results, Speed, Value
+from stepdistill.bench.table import markdown
 from stepdistill.config import parse
 from stepdistill.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
-ROW = Row(
-    "teacher", 50, 2.0, 5.0, (4.0, 6.0), 0.1, 0.9, 3.0, {"ground": 1.0, "all": 1.0}, (1.0, 1.0), (0.5,), 100.0, 60
-)
-REAL = {"frechet": 1.0, "interval": [0.9, 1.1], "recall": 1.0, "diversity": 3.0, "accuracy": {"all": 1.0}}
+VALUES = {
+    "fd": Value(5.0, (4.0, 6.0)),
+    "kid": Value(0.1),
+    "accuracy": Value(1.0, (1.0, 1.0)),
+    "accuracy/ground": Value(1.0),
+}
+ROW = Quality(Cell("teacher", 50, 2.0), 60, 100.0, VALUES)
+REAL = {"fd": {"value": 1.0, "interval": [0.9, 1.1]}}
 PROTOCOL: dict[str, Any] = {"features": {"name": "judge", "hash": "0"}, "real": {"60": REAL, "20": REAL}}
+
+
+def row(steps: int, distance: float, model: str = "teacher", guidance: float = 2.0, n: int = 60) -> Quality:
+    return Quality(
+        Cell(model, steps, guidance), n, 100.0, {**VALUES, "fd": Value(distance, (distance - 1, distance + 1))}
+    )
 
 
 def script(name: str) -> ModuleType:
@@ -30,12 +41,9 @@ def script(name: str) -> ModuleType:
     return module
 
 
-def write(path: Path, *rows: Row, **protocol: Any) -> None:
-    Results(list(rows), {**PROTOCOL, **protocol}).write(path)
-
-
-def student(steps: int, frechet: float, n: int = 60) -> Row:
-    return replace(ROW, model="student", steps=steps, guidance=1.0, frechet=frechet, n=n)
+def write(path: Path, *rows: Quality) -> None:
+    speed = [Speed(cell, 1, (0.5, 0.6), {}, 100.0) for cell in dict.fromkeys(row.cell for row in rows)]
+    Results(list(rows), PROTOCOL, speed).write(path)
 
 
 def test_a_students_command_is_one_that_the_recipe_takes(tmp_path: Path) -> None:
@@ -53,21 +61,22 @@ def test_a_students_command_is_one_that_the_recipe_takes(tmp_path: Path) -> None
 
 def test_students_stand_under_the_teachers_lowest_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     module = script("demo_lcm_lora")
-    rows = [ROW, replace(ROW, guidance=1.0, frechet=6.0), replace(ROW, steps=2, frechet=40.0)]
-    rows += [replace(ROW, steps=2, guidance=1.0, frechet=30.0), replace(ROW, n=20, frechet=0.1)]
+    rows = [ROW, row(50, 6.0, guidance=1.0), row(2, 40.0), row(2, 30.0, guidance=1.0), row(50, 0.1, n=20)]
     write(tmp_path / "teacher.json", *rows)
     for seed in (3, 4):
-        write(tmp_path / "runs" / str(seed) / "results.json", ROW, student(2, 5.0 + seed))
+        write(tmp_path / "runs" / str(seed) / "results.json", ROW, row(2, 5.0 + seed, "student", 1.0))
     flags = ["--seeds", "3,4", "--images", "60", "--runs", str(tmp_path / "runs")]
     flags += ["--teacher", str(tmp_path / "teacher.json"), "--output", str(tmp_path / "out.json")]
     module.main(parse(module.Benchmark, flags))
     found = Results.read(tmp_path / "out.json")
-    assert [(r.model, r.steps, r.guidance, r.frechet) for r in found.rows] == [
+    assert [(*vars(r.cell).values(), r.distance) for r in found.quality] == [
         ("teacher", 50, 2.0, 5.0), ("teacher", 2, 1.0, 30.0),
         ("student, seed 3", 2, 1.0, 8.0), ("student, seed 4", 2, 1.0, 9.0),
     ]  # fmt: skip
-    assert found.gap_closed(found.rows[2]) == pytest.approx((30 - 8) / (30 - 5))
-    assert found.markdown() in capsys.readouterr().out
+    assert [s.cell for s in found.speed] == [r.cell for r in found.quality]
+    assert found.teacher == ROW.cell and found.environment == environment()
+    assert found.gap_closed(found.quality[2]) == pytest.approx((30 - 8) / (30 - 5))
+    assert markdown(found) in capsys.readouterr().out
 
     flags[3] = "61"
     with pytest.raises(InputError, match=r"rows of 61 images in .*results.json"):
@@ -82,7 +91,7 @@ def test_a_run_that_is_missing_is_made(tmp_path: Path, monkeypatch: pytest.Monke
     def train(words: list[str], **options: Any) -> None:
         made.append(words)
         assert options["check"]  # a run that fails must not pass for one
-        write(tmp_path / "runs" / "0" / "results.json", student(2, 7.0))
+        write(tmp_path / "runs" / "0" / "results.json", row(2, 7.0, "student", 1.0))
 
     monkeypatch.setattr(module.subprocess, "run", train)
     flags = ["--seeds", "0", "--images", "60", "--runs", str(tmp_path / "runs"), "--output", str(tmp_path / "out.json")]
@@ -97,20 +106,22 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     import torch
 
     from stepdistill.bench.judge import Judge
-    from stepdistill.demo.world import ATTRIBUTES, World
+    from stepdistill.demo.world import ATTRIBUTES, TEST_SEED, World
 
     captions = World.captions
     monkeypatch.setattr(World, "captions", lambda world, indices: [c[:20] for c in captions(world, indices)])
-    for module, name, value in (
-        (yardstick, "RESAMPLES", 10), (yardstick, "PROMPTS", 3), (yardstick, "IMAGES", 2), (demo, "REPEATS", 1),
+    for name, value in (
+        ("yardstick.RESAMPLES", 10), ("yardstick.DIVERSITY", (3, 2)),
+        ("scores.read_labels", lambda texts: World(TEST_SEED).labels(range(len(texts)))),
     ):  # fmt: skip
-        monkeypatch.setattr(module, name, value)
+        monkeypatch.setattr(f"stepdistill.bench.{name}", value)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         judge = Judge({name: len(values) for name, values in ATTRIBUTES.items()}, resolution=32, width=4, dense=8)
     judge.save(tmp_path / "judge")
     flags = {"teacher": tiny_pipeline(tmp_path / "sd"), "judge": tmp_path / "judge", "n": "6,12", "real": 30}
     flags |= {"reference": tmp_path / "reference.safetensors", "output": tmp_path / "teacher.json"}
+    flags |= {"samples": tmp_path / "samples"}
     return [f"--{name}={value}" for name, value in flags.items()]
 
 
@@ -122,9 +133,9 @@ def test_the_teachers_rows_go_on_where_they_stopped(
     measured: list[tuple[int, float]] = []
     original = demo.evaluate
 
-    def spy(pipe: Any, stick: Any, model: str, steps: Any, guidance: float, *rest: Any) -> list[Row]:
+    def spy(contender: Any, stick: Any, folder: Any, steps: Any, guidance: float) -> list[Quality]:
         measured.append((*steps, guidance))
-        return original(pipe, stick, model, steps, guidance, *rest)
+        return original(contender, stick, folder, steps, guidance)
 
     monkeypatch.setattr(demo, "evaluate", spy)
     module.main(parse(module.Benchmark, [*small, "--steps", "2", "--guidance", "2"]))
@@ -133,16 +144,18 @@ def test_the_teachers_rows_go_on_where_they_stopped(
     module.main(parse(module.Benchmark, [*small, "--steps", "2,1", "--guidance", "2,1"]))
     assert measured == [(2, 2.0), (1, 2.0), (2, 1.0), (1, 1.0)]
     whole = Results.read(tmp_path / "teacher.json")
-    assert [(r.n, r.guidance, r.steps) for r in whole.rows] == [
+    assert [(r.n, r.cell.guidance, r.cell.steps) for r in whole.quality] == [
         (n, g, k) for n in (6, 12) for g in (2.0, 1.0) for k in (2, 1)
     ]  # fmt: skip
-    for row in first.rows:
-        assert replace(row, seconds=()) in [replace(r, seconds=()) for r in whole.rows]
-    assert all(len(row.seconds) == 1 for row in whole.rows)
+    assert all(row in whole.quality for row in first.quality) and len(first.quality) == 2
+    assert [(s.cell.guidance, s.cell.steps, len(s.seconds)) for s in whole.speed] == [
+        (2.0, 2, 5), (2.0, 1, 5), (1.0, 2, 5), (1.0, 1, 5),
+    ]  # fmt: skip
+    assert whole.teacher == whole.best(12).cell  # type: ignore[union-attr]
 
     data = json.loads((tmp_path / "teacher.json").read_text())
     data["protocol"]["seeds"]["noise"] = 9  # rows of another protocol are not taken over
     (tmp_path / "teacher.json").write_text(json.dumps(data))
     module.main(parse(module.Benchmark, [*small, "--steps", "1", "--guidance", "1"]))
     assert measured[4:] == [(1, 1.0)]
-    assert len(Results.read(tmp_path / "teacher.json").rows) == 2
+    assert len(Results.read(tmp_path / "teacher.json").quality) == 2

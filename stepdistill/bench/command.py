@@ -1,0 +1,240 @@
+"""`stepdistill bench`: opens, sweeps, measures, times, and writes what is to be read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from tqdm import tqdm
+
+from ..errors import InputError
+from ..families.loading import DEMO_JUDGE
+from .contenders import Contender, open_contenders, side_of
+from .extractors import open_features
+from .features import FeatureExtractor, Images
+from .fit import Line, fit_line
+from .grid import picture_grid
+from .judge import Judge
+from .options import BenchOptions
+from .plan import Plan
+from .promptfile import read_prompts
+from .quality import RESAMPLES, RMS, Measure
+from .quantities import ACCURACY
+from .real import DataImages, WorldImages
+from .reference import Progress, Reference
+from .report import write_report
+from .rows import TEACHER, Cell, Quality, Results
+from .samples import Samples
+from .scores import ClipScore, JudgeAccuracy, Scorer
+from .speed import speeds
+from .sweep import KEPT, Job, Sweep
+from .table import markdown, to_csv
+from .yardstick import SOURCE, Yardstick
+
+SHIPPED = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "demo_reference.safetensors"
+REFERENCE = "reference.safetensors"  # in the output folder
+SHOWN = 8  # prompts in the grid
+CLIP = "clip_score"
+
+
+@dataclass(frozen=True)
+class Opened:
+    """All that the flags name, loaded."""
+
+    contenders: list[Contender]
+    plan: Plan
+    features: FeatureExtractor
+    scorers: dict[str, Scorer]
+    resolution: int
+
+
+def bench(options: BenchOptions) -> Results | None:
+    """A sweep from beginning to end; its results on the main process, None on the others, which only make images.
+
+    Writes results.json, results.csv, results.md, report.html and grid.png into the output folder. Raises InputError.
+    """
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    opened = _open(options, state.device)
+    jobs, folder = cells(options, opened.contenders), Path(options.output_dir)
+    measure = None
+    if state.is_main_process:
+        reference = _reference(options.data, opened.features, opened.resolution, len(opened.plan.prompts), folder)
+        measure = Measure(reference, options.seed, options.metrics, RESAMPLES)
+    sweep = Sweep(
+        folder,
+        opened.plan,
+        opened.features,
+        opened.scorers,
+        kept=len(opened.plan.prompts) if options.save_images else KEPT,
+        overwrite=options.overwrite,
+        rank=state.process_index,
+        world=state.num_processes,
+        wait=state.wait_for_everyone,
+    )
+    samples = sweep.run(jobs)
+    if measure is None:
+        return None
+    n = (len(opened.plan.prompts),)
+    yardstick = Yardstick(opened.plan, opened.features, opened.scorers, measure, n, opened.resolution)
+    results = _results(yardstick, sweep, jobs, samples)
+    if not options.skip_latency:
+        results.speed, notes = speeds(jobs, opened.plan, options.batch_sizes, options.repeats, _word)
+        results.notes += [_seconds_note(options, state.device), *notes]
+    _write(folder, results, {cell: sweep.images(cell, SHOWN) for cell, _ in jobs}, opened.plan.prompts[:SHOWN])
+    return results
+
+
+def _open(options: BenchOptions, device: torch.device) -> Opened:
+    contenders = open_contenders(options.teacher, options.students, options.dtype, options.variant, device)
+    tokenizer = contenders[0].pipe.components.get("tokenizer")
+    prompts = read_prompts(options.prompts, options.num_images, tokenizer)
+    source = SOURCE if options.prompts == "demo" else options.prompts
+    plan = Plan(tuple(prompts), source, options.seed, options.diversity, options.batch_size, options.resolution)
+    resolution = side_of(contenders[0], plan)
+    features = open_features(options.features, device=device)
+    features(np.zeros((1, resolution, resolution, 3), np.uint8))  # a wrong size is told now, not after the first images
+    scorers: dict[str, Scorer] = {}
+    judge = Judge.load(DEMO_JUDGE)
+    if options.prompts == "demo" and resolution == judge.resolution:
+        scorers[ACCURACY] = JudgeAccuracy(judge)
+    if options.clip is not None:
+        scorers[CLIP] = ClipScore(options.clip, device=device)
+    return Opened(contenders, plan, features, scorers, resolution)
+
+
+def cells(options: BenchOptions, contenders: Sequence[Contender]) -> list[Job]:
+    """The cells: the teacher as it is meant, which comes first, the teacher at the students' steps, the students.
+
+    Raises InputError for steps that a scheduler refuses.
+    """
+    teacher = contenders[0]
+    steps = (options.teacher_steps, *sorted(options.steps, reverse=True))
+    jobs = [(Cell(TEACHER, k, scale), teacher) for scale in options.teacher_guidance for k in steps]
+    for student in contenders[1:]:
+        scales = options.guidance or (float(student.facts["guidance_scale"]),)
+        jobs += [(Cell(student.name, k, g), student) for g in scales for k in sorted(options.steps, reverse=True)]
+    for cell, contender in jobs:
+        contender.schedule(cell.steps)
+    return list(dict(jobs).items())
+
+
+def _reference(data: str, features: FeatureExtractor, resolution: int, n: int, folder: Path) -> Reference:
+    """Of --data: from a file of statistics, or measured once and kept in the output folder."""
+    if data.endswith(".safetensors"):
+        return Reference.load(data, features)
+    if data != "demo":
+        images = DataImages(data)
+        return Reference.remembered(
+            folder / REFERENCE, features, images, resolution, images.held(n), _bar("real images")
+        )
+    try:
+        found = Reference.load(SHIPPED, features)
+        if found.about["resolution"] == resolution:
+            return found
+    except InputError:
+        pass
+    return Reference.remembered(folder / REFERENCE, features, WorldImages(), resolution, 0, _bar("real images"))
+
+
+def make_reference(path: str, data: str, features: str, resolution: int | None, n: int | None = None) -> Reference:
+    """Writes the statistics of real images, which --data takes.
+
+    Args:
+        path: the file.
+        data: as --data; "demo" too.
+        features: as --features.
+        resolution: side of the images in pixels; the demo's own for "demo".
+        n: images of the sweeps to come; as many are held out, where that leaves as many. A fifth by default.
+
+    Raises InputError.
+    """
+    side = resolution or Judge.load(DEMO_JUDGE).resolution
+    device = PartialState(cpu=not torch.accelerator.is_available()).device
+    extractor = open_features(features, device=device)
+    images: Any = WorldImages() if data == "demo" else DataImages(data)
+    held = 0 if data == "demo" else images.held(n)
+    found = Reference.measure(extractor, images, side, held, progress=_bar("real images"))
+    found.save(path)
+    return found
+
+
+def _results(yardstick: Yardstick, sweep: Sweep, jobs: Sequence[Job], samples: Sequence[Samples]) -> Results:
+    """The quality of all cells; the first is the teacher as it is meant."""
+    (first, _), own = jobs[0], sweep.images(jobs[0][0])
+    rows: list[Quality] = []
+    numbers: dict[str, dict[str, list[float]]] = {}
+    notes = [note for cell, contender in jobs if (note := contender.note(cell))]
+    for (cell, _), found in zip(jobs, samples, strict=True):
+        pair: dict[str, Any] = {} if cell == first else {"teacher": samples[0], "images": (sweep.images(cell), own)}
+        rows += yardstick.rows(cell, found, **pair)
+        numbers[cell.slug] = yardstick.measure.per_image(found, **pair)
+        if found.copies:
+            notes.append(f"{cell}: {found.copies} of {yardstick.n} images are copies of others.")
+    notes += _reference_notes(yardstick)
+    if 0 < sweep.kept < yardstick.n and any(RMS in row.values for row in rows):
+        notes.append(f"RMS to teacher: of the first {sweep.kept} images.")
+    return Results(rows, yardstick.protocol(), teacher=first, samples=numbers, notes=notes)
+
+
+def _reference_notes(yardstick: Yardstick) -> list[str]:
+    reference, notes = yardstick.measure.reference, []
+    if str(yardstick.n) not in yardstick.real:
+        notes.append(
+            f"No floor: {len(reference.held)} real images are held out, fewer than N = {yardstick.n}, so no ratio is clear; "
+            f"give --data {2 * yardstick.n} images or more."
+        )
+    if reference.about["resolution"] != yardstick.resolution:
+        notes.append(
+            f"Real images were read at {reference.about['resolution']} pixels, generated ones have {yardstick.resolution}."
+        )
+    return notes
+
+
+def _seconds_note(options: BenchOptions, device: torch.device) -> str:
+    sizes = ", ".join(str(size) for size in options.batch_sizes)
+    return (
+        f"Seconds an image: {options.repeats} calls at each batch size ({sizes}), all cells in turns, on {device.type}, "
+        f"{torch.get_num_threads()} threads. Memory: weights and the rise during a call."
+    )
+
+
+def fits(results: Results) -> dict[str, Line]:
+    """Model -> seconds an image over network evaluations, at a batch of one and over all calls."""
+    found: dict[str, Line] = {}
+    for model in dict.fromkeys(speed.cell.model for speed in results.speed):
+        own = [s for s in results.speed if s.cell.model == model and s.batch_size == 1]
+        line = fit_line([s.evaluations for s in own for _ in s.seconds], [t for s in own for t in s.seconds])
+        if line is not None:
+            found[model] = line
+    return found
+
+
+def _write(folder: Path, results: Results, grid: dict[Cell, Images], prompts: Sequence[str]) -> None:
+    results.write(folder / "results.json")
+    (folder / "results.csv").write_text(to_csv(results), encoding="utf-8")
+    (folder / "results.md").write_text(markdown(results), encoding="utf-8")
+    picture_grid(folder / "grid.png", {str(cell): images for cell, images in grid.items()}, prompts)
+    write_report(folder / "report.html", results, grid, prompts, fits(results))
+    print(f"{markdown(results)}\nreport: {folder / 'report.html'}")
+
+
+def _bar(what: str) -> Progress:
+    """A bar on stderr that is told (done, of)."""
+    bar = tqdm(desc=what, mininterval=0.5)
+
+    def move(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
+        if done == total:
+            bar.close()
+
+    return move
+
+
+def _word(what: str) -> None:
+    tqdm.write(what)

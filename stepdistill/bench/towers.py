@@ -1,0 +1,120 @@
+"""Transformers checkpoints that judge images: found, opened in float32 and frozen, with errors that name the flag."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import InputError
+from ..families.loading import BROKEN, check_weights, hub_is_reachable, is_local
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A checkpoint's place.
+
+    Attributes:
+        path: a folder or a hub id.
+        flag: where it was given.
+        offline: only the hub's cache on this machine is asked.
+    """
+
+    path: str
+    flag: str
+    offline: bool = False
+
+    @classmethod
+    def find(cls, spec: str, flag: str) -> Tower:
+        """From a folder with a config.json or a hub id.
+
+        Raises InputError for a folder without, a path that does not exist, and an id that is not cached while the hub is away.
+        """
+        if is_local(spec):
+            folder = Path(spec).expanduser()
+            if not (folder / "config.json").is_file():
+                found = "a folder without config.json" if folder.is_dir() else "nothing of the kind there"
+                raise InputError(
+                    f"expected a transformers checkpoint at {flag} {spec!r}, got {found}; give a folder that "
+                    "save_pretrained wrote, or a hub id"
+                )
+            return cls(str(folder), flag)
+        offline = not hub_is_reachable()
+        if offline and not _is_cached(spec):
+            raise InputError(
+                f"expected a folder or a hub id at {flag}, got {spec!r}, which is no folder here and not in the hub's cache, "
+                "and the hub cannot be reached; fix the path, or download the checkpoint first"
+            )
+        return cls(spec, flag, offline)
+
+    @contextmanager
+    def explained(self, what: str) -> Iterator[None]:
+        """Says in one paragraph what transformers stumbled over, and keeps its reports of half-used checkpoints quiet."""
+        from transformers.utils import logging
+
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()
+        try:
+            yield
+        except InputError:
+            raise
+        except BROKEN as error:
+            reason = " ".join(str(error).split())[:500] or type(error).__name__
+            raise InputError(f"expected {what} at {self.flag} {self.path!r}, got: {reason}; {self.fix}") from error
+        finally:
+            logging.set_verbosity(verbosity)
+
+    @property
+    def fix(self) -> str:
+        """What to do when the checkpoint is no good."""
+        return f"give {self.flag} another checkpoint, such as a DINOv2 or CLIP that save_pretrained wrote"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """For every `from_pretrained`. No code from a checkpoint is run."""
+        return {"local_files_only": self.offline, "trust_remote_code": False}
+
+    def config(self) -> Any:
+        """The checkpoint's configuration."""
+        from transformers import AutoConfig
+
+        with self.explained("the config of a transformers model"):
+            return AutoConfig.from_pretrained(self.path, **self.options)
+
+    def image_settings(self) -> dict[str, Any]:
+        """The checkpoint's preprocessor_config.json (or that part of its processor_config.json)."""
+        from transformers import ImageProcessingMixin
+
+        files = [Path(self.path) / name for name in ("preprocessor_config.json", "processor_config.json")]
+        if is_local(self.path) and not any(file.is_file() for file in files):
+            raise InputError(
+                f"expected a vision model with its preprocessor_config.json at {self.flag} {self.path!r}, got none; "
+                f"save the model's image processor into the folder, or {self.fix}"
+            )
+        with self.explained("a vision model with its preprocessor_config.json"):
+            settings, _ = ImageProcessingMixin.get_image_processor_dict(self.path, local_files_only=self.offline)
+            return dict(settings)
+
+    def load(self, cls: Any, what: str, **options: Any) -> tuple[Any, list[str]]:
+        """(the module in float32 and eval mode, frozen; the names of its weights that the checkpoint lacks)."""
+        options = self.options | options | {"dtype": torch.float32, "output_loading_info": True}
+        with self.explained(what):
+            module, info = cls.from_pretrained(self.path, **options)
+        return module.requires_grad_(False).eval(), sorted(info["missing_keys"])
+
+    def complete(self, name: str, missing: list[str]) -> None:
+        """InputError where weights are missing: transformers would draw them at random."""
+        check_weights(name, self.path, missing)
+
+
+def _is_cached(spec: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        return isinstance(try_to_load_from_cache(spec, "config.json"), str)
+    except ValueError:  # no name that a repository could have
+        return False

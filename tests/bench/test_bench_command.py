@@ -1,0 +1,249 @@
+"""`stepdistill bench` from flags to files: on the tiny pipeline with a vision model, and on the demo teacher that ships."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from students import opened, student_of
+from sweeping import Corners, demo_student, files_of
+from tiny import tiny_images, tiny_pipeline
+
+from stepdistill import cli
+from stepdistill.bench import command as module
+from stepdistill.bench.metrics import frechet_distance
+from stepdistill.bench.real import DataImages
+from stepdistill.bench.reference import Reference
+from stepdistill.bench.report import write_report
+from stepdistill.bench.rows import Cell, Results, Value
+from stepdistill.errors import InputError
+from stepdistill.export.student import export_student
+from stepdistill.families import TeacherConfig
+from stepdistill.methods.lcm import LCMConfig
+
+FEW = pytest.mark.filterwarnings("ignore:Frechet distance of")  # far fewer images than a real run has
+COUNT = 12
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher, a student of it, prompts and photos."""
+    folder = tmp_path_factory.mktemp("place")
+    base = tiny_pipeline(folder / "sd")
+    model = opened(base)
+    export_student(folder / "lcm", model, student_of(model), TeacherConfig(str(base)), LCMConfig())
+    tiny_images(folder / "photos", count=30)
+    (folder / "prompts.txt").write_text("".join(f"thing {i}\n" for i in range(COUNT)))
+    return folder
+
+
+@pytest.fixture
+def flags(place: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    monkeypatch.setattr(module, "open_features", lambda spec, device: Corners())
+    monkeypatch.setattr(module, "RESAMPLES", 20)
+    monkeypatch.setattr(module, "write_report", lambda *_: None)  # seconds each
+
+    def given(output: Path, *more: str, **changes: Any) -> list[str]:
+        options = {"teacher": "sd", "student": "lcm", "prompts": "prompts.txt", "data": "photos"}
+        words = [f"--{name}={place / value}" for name, value in {**options, **changes}.items()]
+        words += [
+            "--steps=2,1",
+            "--teacher_steps=3",
+            "--teacher_guidance=3",
+            "--batch_size=5",
+            f"--output_dir={output}",
+        ]
+        return ["bench", *words, "--diversity_prompts=2", "--diversity_images=2", *more]
+
+    return given
+
+
+@FEW
+def test_from_flags_to_files(
+    flags: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "write_report", write_report)
+    out = tmp_path / "bench"
+    cli.main(flags(out, "--repeats=1", "--batch_sizes=1,2", "--metrics=cmmd", "--save_images"))
+    results = Results.read(out / "results.json")
+    cells = [("teacher", 3, 3.0), ("teacher", 2, 3.0), ("teacher", 1, 3.0), ("lcm", 2, 1.0), ("lcm", 1, 1.0)]
+    assert [tuple(vars(row.cell).values()) for row in results.quality] == cells
+    assert [row.evaluations for row in results.quality] == [6, 4, 2, 2, 1]
+    assert results.teacher == results.quality[0].cell and results.quality[0].against is None
+    assert all(row.against is not None and row.against.interval is not None for row in results.quality[1:])
+    assert [(s.cell.steps, s.batch_size) for s in results.speed] == [(k, b) for _, k, _ in cells for b in (1, 2)]
+    own = {"fd", "kid", "recall", "diversity", "cmmd"}
+    assert set(results.quality[0].values) == own
+    assert set(results.quality[3].values) == {*own, "features_to_teacher", "rms_to_teacher"}
+    assert set(results.samples) == {row.cell.slug for row in results.quality}
+    assert {key: len(values) for key, values in results.samples["lcm-2-1"].items()} == {
+        "features_to_teacher": COUNT, "rms_to_teacher": COUNT,
+    }  # fmt: skip
+    assert set(results.real(COUNT, "fd").__dict__) == {
+        "value",
+        "interval",
+    }  # 30 photos: 12 held out, 18 to compare with
+    protocol = results.protocol
+    assert protocol["prompts"]["count"] == COUNT and protocol["reference"]["count"] == 18
+    assert protocol["features"] == {"name": "corners", "hash": "0c", "dim": 12}
+    written = {path.name for path in out.iterdir()}
+    assert written == {
+        "results.json",
+        "results.csv",
+        "results.md",
+        "report.html",
+        "grid.png",
+        "reference.safetensors",
+        "cells",
+    }
+    assert (out / "results.md").read_text() in capsys.readouterr().out
+    assert len(list((out / "cells" / "lcm-2-1" / "images").iterdir())) == COUNT
+    with Image.open(out / "grid.png") as image:
+        assert image.width > 5 * 128
+
+
+@FEW
+def test_numbers_are_those_of_the_images(flags: Any, place: Path, tmp_path: Path) -> None:
+    """From the PNG files and the photos, without anything of the sweep."""
+    import numpy as np
+
+    cli.main(flags(tmp_path, "--skip_latency", "--save_images"))
+    results = Results.read(tmp_path / "results.json")
+    assert not results.speed
+
+    def features(slug: str) -> torch.Tensor:
+        folder = tmp_path / "cells" / slug / "images"
+        return Corners()(np.stack([np.asarray(Image.open(folder / f"{i}.png")) for i in range(COUNT)]))
+
+    photos = DataImages(str(place / "photos"))
+    order = photos.order()
+    real = Corners()(np.stack([image for image in photos.read(order[:-COUNT], 32) if image is not None]))
+    teacher, student = features("teacher-3-3"), features("lcm-1-1")
+    row = results.quality[-1]
+    assert row.cell == Cell("lcm", 1, 1.0)
+    assert row.values["fd"].value == pytest.approx(frechet_distance(student, real), rel=1e-5)
+    assert row.against is not None
+    assert row.against.value == pytest.approx(
+        frechet_distance(student, real) - frechet_distance(teacher, real), rel=1e-4
+    )
+    assert row.values["features_to_teacher"].value == pytest.approx(
+        float((student - teacher).norm(dim=1).mean()), rel=1e-5
+    )
+
+
+@FEW
+def test_a_sweep_goes_on_and_its_cells_are_kept(flags: Any, tmp_path: Path) -> None:
+    cli.main(flags(tmp_path, "--skip_latency"))
+    first, cells = Results.read(tmp_path / "results.json"), files_of(tmp_path / "cells")
+    cli.main(flags(tmp_path, "--skip_latency"))
+    again = Results.read(tmp_path / "results.json")
+    assert again == first and files_of(tmp_path / "cells") == cells
+    with pytest.raises(SystemExit) as stop:
+        cli.main(flags(tmp_path, "--skip_latency", "--seed=1"))
+    assert stop.value.code == 2 and files_of(tmp_path / "cells") == cells
+
+
+@FEW
+def test_too_few_real_images_give_no_floor(flags: Any, tmp_path: Path, place: Path) -> None:
+    few = tiny_images(tmp_path / "few", count=15)
+    cli.main([w if not w.startswith("--data") else f"--data={few}" for w in flags(tmp_path / "out", "--skip_latency")])
+    results = Results.read(tmp_path / "out" / "results.json")
+    assert results.floor(COUNT) is None and not results.protocol["real"]
+    assert any("3 real images are held out, fewer than N = 12" in n and "24 images or more" in n for n in results.notes)
+
+
+@FEW
+def test_statistics_that_were_made_before(
+    flags: Any, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "photos.safetensors"
+    words = ["--data", str(place / "photos"), "--resolution", "32", "--num_images", str(COUNT)]
+    cli.main(["bench", "--make_reference", str(file), *words])
+    assert "18 images, 12 held out" in capsys.readouterr().out
+    outputs = []
+    for name, data in (("a", "photos"), ("b", str(file))):
+        cli.main(flags(tmp_path / name, "--skip_latency", data=data))
+        outputs.append(Results.read(tmp_path / name / "results.json"))
+    assert outputs[0].quality == outputs[1].quality and outputs[0].protocol == outputs[1].protocol
+    Reference.measure(Corners(), DataImages(str(place / "photos")), 16, COUNT).save(file)
+    cli.main(flags(tmp_path / "b", "--skip_latency", data=str(file)))
+    assert any(
+        "read at 16 pixels, generated ones have 32" in n for n in Results.read(tmp_path / "b" / "results.json").notes
+    )
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["a cat", "", "a dog"], "in line 2 of"),
+        (["a cat", "word " * 500], "tokens, which is all that"),
+        (["a cat"], "expected 2 prompts for --num_images 2, got 1"),
+        ([], "got none"),
+    ],
+)
+def test_prompts_that_are_wrong(flags: Any, tmp_path: Path, lines: list[str], message: str, capsys: Any) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(lines))
+    with pytest.raises(SystemExit) as stop:
+        cli.main(flags(tmp_path / "out", "--num_images=2", prompts=str(file)))
+    assert stop.value.code == 2 and message in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_steps_and_guidance_that_are_wrong(flags: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words, message in ((["--steps=64"], "LCMScheduler"), (["--teacher_steps=2000"], "--teacher_steps")):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(flags(tmp_path / "out", *words))
+        assert stop.value.code == 2 and message in capsys.readouterr().err
+    assert not (tmp_path / "out" / "cells").exists()
+
+
+def test_the_judge_is_for_its_own_size(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        f"--{name}={place / value}"
+        for name, value in (("teacher", "sd"), ("prompts", "prompts.txt"), ("data", "photos"))
+    ]
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["bench", *words, f"--output_dir={tmp_path / 'out'}"])
+    assert stop.value.code == 2
+    assert "expected 64x64 images for --features demo, got 32x32" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return demo_student(tmp_path_factory.mktemp("runs") / "untrained")
+
+
+@FEW
+def test_the_demo_out_of_the_box(untrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The teacher and the judge that ship, captions that the judge can check, real images of the same captions."""
+    monkeypatch.setattr(module, "RESAMPLES", 10)
+    monkeypatch.setattr(module, "write_report", lambda *_: None)
+    words = ["--student", str(untrained), "--steps", "1", "--teacher_steps", "2", "--num_images", "16"]
+    words += ["--diversity_prompts", "2", "--diversity_images", "2", "--skip_latency", "--output_dir", str(tmp_path)]
+    cli.main(["bench", "--teacher", "demo", *words])
+    results = Results.read(tmp_path / "results.json")
+    assert [(row.cell.model, row.cell.guidance) for row in results.quality] == [
+        ("teacher", 2.0), ("teacher", 2.0), ("untrained", 1.0),
+    ]  # fmt: skip
+    values = results.quality[0].values
+    assert {"accuracy", "accuracy/first shape", "diversity"} < values.keys()
+    assert results.real(16, "accuracy") == Value(1.0, (1.0, 1.0)) and results.floor(16) is not None
+    assert results.protocol["reference"]["count"] == 20_000 and "demo" in results.protocol["prompts"]["source"]
+    assert results.quality[1].values["fd"].value > 2 * values["fd"].value  # a single step is worse
+
+
+def test_an_error_of_the_sweep_is_one_paragraph(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def bench(options: Any) -> None:
+        raise InputError("expected a, got b; fix c")
+
+    monkeypatch.setattr(module, "bench", bench)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["bench", "--teacher", "demo"])
+    assert stop.value.code == 2 and capsys.readouterr().err == "error: expected a, got b; fix c\n"

@@ -1,0 +1,384 @@
+"""The sweep: what its files hold, that it goes on at any batch, by any number of processes, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load
+from sweeping import PROMPTS, Corners, Greens, files_of, jobs_of, small_plan, teacher_of
+from tiny import tiny_pipeline
+
+from stepdistill.bench import sweep as module
+from stepdistill.bench.contenders import Contender
+from stepdistill.bench.generate import generate
+from stepdistill.bench.plan import APART, Plan
+from stepdistill.bench.rows import Cell
+from stepdistill.bench.samples import image_hashes
+from stepdistill.bench.sweep import Job, Sweep
+from stepdistill.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Contender:
+    return teacher_of(tiny_pipeline(tmp_path_factory.mktemp("tiny")))
+
+
+@pytest.fixture
+def jobs(teacher: Contender) -> list[Job]:
+    return jobs_of([teacher])
+
+
+def swept(folder: Path, jobs: list[Job], plan: Plan | None = None, **options: Any) -> Sweep:
+    sweep = sweep_in(folder, plan, **options)
+    sweep.run(jobs, progress=False)
+    return sweep
+
+
+def sweep_in(folder: Path, plan: Plan | None = None, **options: Any) -> Sweep:
+    return Sweep(folder, plan or small_plan(), Corners(), {"accuracy": Greens()}, **{"kept": 5, **options})
+
+
+@pytest.fixture(scope="module")
+def whole(teacher: Contender, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The files of a sweep that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    swept(folder, jobs_of([teacher]))
+    return files_of(folder)
+
+
+class Killed(BaseException):
+    """As a signal would."""
+
+
+def dying(monkeypatch: pytest.MonkeyPatch, after: int) -> list[tuple[Cell, int]]:
+    """Lets so many batches be made, then dies inside the next; a list of those that were begun."""
+    original, calls = Contender.images, list[tuple[Cell, int]]()
+
+    def images(self: Contender, cell: Cell, prompts: Any, plan: Plan, start: int = 0) -> Any:
+        calls.append((cell, start))
+        if len(calls) > after:
+            raise Killed
+        return original(self, cell, prompts, plan, start)
+
+    monkeypatch.setattr(Contender, "images", images)
+    return calls
+
+
+def test_the_samples_are_those_of_the_images(jobs: list[Job], tmp_path: Path) -> None:
+    plan = small_plan()
+    sweep = sweep_in(tmp_path, plan)
+    for (cell, contender), found in zip(jobs, sweep.run(jobs, progress=False), strict=True):
+        options = {"steps": cell.steps, "guidance_scale": cell.guidance, "seed": 3, "batch_size": 4}
+        images = generate(contender.pipe, PROMPTS, **options)
+        varied = generate(contender.pipe, plan.varied, start_index=APART, **options)
+        assert found.features.dtype == torch.float32
+        torch.testing.assert_close(found.features.double(), Corners()(images), rtol=1e-6, atol=1e-6)
+        assert found.spread is not None and found.spread.shape == (3, 2, 12)
+        torch.testing.assert_close(found.spread.flatten(0, 1).double(), Corners()(varied), rtol=1e-6, atol=1e-6)
+        scores = Greens()(PROMPTS, images)
+        assert list(found.scores) == ["accuracy", "accuracy/length"]
+        torch.testing.assert_close(found.scores["accuracy"], scores["all"])
+        torch.testing.assert_close(found.scores["accuracy/length"], scores["length"])
+        assert found.hashes is not None and torch.equal(found.hashes, image_hashes(images))
+        assert found.evaluations == 2 * cell.steps  # guidance doubles them
+        assert np.array_equal(sweep.images(cell), images[:5])
+        assert np.array_equal(sweep.images(cell, 2), images[:2])
+
+
+def test_what_is_left_of_a_cell(whole: dict[str, bytes]) -> None:
+    cell = {"cell.json", "samples.safetensors", *(f"images/{i}.png" for i in range(5))}
+    assert set(whole) == {f"cells/teacher-{k}-3/{name}" for k in (2, 1) for name in cell}
+    tensors = {name: value.shape[:1] for name, value in load(whole["cells/teacher-1-3/samples.safetensors"]).items()}
+    assert tensors == {
+        "evaluations": (), "features": (10,), "hashes": (10,), "score/accuracy": (10,), "score/accuracy/length": (10,),
+        "varied/features": (6,), "varied/hashes": (6,),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("after", range(10))
+def test_a_sweep_killed_after_any_batch_goes_on(
+    after: int, jobs: list[Job], whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    """Ten batches in all. What is resumed makes each batch that is missing once, and ends with the same bytes."""
+    with pytest.MonkeyPatch.context() as patch:
+        made = dying(patch, after)
+        with pytest.raises(Killed):
+            swept(tmp_path, jobs)
+    finished = {name: data for name, data in files_of(tmp_path).items() if name.endswith("samples.safetensors")}
+    assert len(finished) == after // 5
+    with pytest.MonkeyPatch.context() as patch:
+        rest = dying(patch, 10)
+        swept(tmp_path, jobs)
+    assert made[:-1] + rest == [(cell, start) for cell, _ in jobs for start in (0, 4, 8, APART, APART + 4)]
+    assert files_of(tmp_path) == whole
+    assert all(whole[name] == data for name, data in finished.items())
+
+
+def test_a_finished_cell_is_not_touched(jobs: list[Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    swept(tmp_path, jobs)
+    before = {path: path.stat() for path in tmp_path.rglob("*")}
+    dying(monkeypatch, 0)
+    found = sweep_in(tmp_path).run(jobs, progress=False)
+    assert len(found) == 2
+    for path, stat in before.items():
+        assert (path.stat().st_mtime_ns, path.stat().st_ino) == (stat.st_mtime_ns, stat.st_ino), path
+
+
+def test_killed_while_parts_are_joined(
+    jobs: list[Job], whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*_: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "merged", die)
+        with pytest.raises(Killed):
+            swept(tmp_path, jobs)
+    with monkeypatch.context() as patch:
+        patch.setattr(module.shutil, "rmtree", die)  # joined, but the parts still lie there
+        with pytest.raises(Killed):
+            swept(tmp_path, jobs)
+    assert any("parts" in name for name in files_of(tmp_path))
+    swept(tmp_path, jobs)
+    assert files_of(tmp_path) == whole
+
+
+def test_what_lies_in_the_folder_from_before_counts_for_nothing(
+    jobs: list[Job], whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    """Leftover images, and parts that no cell.json vouches for."""
+    junk = Image.fromarray(np.full((32, 32, 3), 200, np.uint8))
+    place = tmp_path / "cells" / "teacher-2-3"
+    for folder in (tmp_path, tmp_path / "cells", place, place / "images"):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("0.png", "3.png", "77.png"):
+            junk.save(folder / name)
+    (place / "parts").mkdir()
+    (place / "parts" / "00000.safetensors").write_bytes(whole["cells/teacher-1-3/samples.safetensors"])
+    (place / "samples.safetensors").write_bytes(whole["cells/teacher-1-3/samples.safetensors"])
+    sweep = swept(tmp_path, jobs)
+    found = files_of(tmp_path)
+    assert {name: found[name] for name in whole} == whole
+    assert len(sweep.samples(jobs[0][0]).features) == len(PROMPTS)
+
+
+def test_leftover_images_of_a_stopped_sweep_are_written_over(
+    jobs: list[Job], whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        dying(patch, 0)
+        with pytest.raises(Killed):
+            swept(tmp_path, jobs)
+    images = tmp_path / "cells" / "teacher-2-3" / "images"
+    images.mkdir()
+    Image.fromarray(np.full((32, 32, 3), 200, np.uint8)).save(images / "0.png")
+    swept(tmp_path, jobs)
+    assert files_of(tmp_path) == whole
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_share_the_batches_and_agree(
+    world: int, teacher: Contender, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    """Threads stand for processes; each has pipelines of its own."""
+    barrier, made, found = threading.Barrier(world), {}, {}
+
+    def run(rank: int) -> None:
+        own = copy.deepcopy(teacher)
+        original, calls = own.images, list[tuple[Cell, int]]()
+
+        def images(cell: Cell, prompts: Any, plan: Plan, start: int = 0) -> Any:
+            calls.append((cell, start))
+            return original(cell, prompts, plan, start)
+
+        own.images = images  # type: ignore[method-assign]
+        sweep = sweep_in(tmp_path, rank=rank, world=world, wait=lambda: barrier.wait(30))
+        found[rank], made[rank] = sweep.run(jobs_of([own]), progress=False), calls
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert files_of(tmp_path) == whole
+    counts = [len(calls) for calls in made.values()]
+    assert sum(counts) == 10 and max(counts) - min(counts) <= 1
+    assert len({batch for calls in made.values() for batch in calls}) == 10
+    assert [len(found[rank]) for rank in range(world)] == [2] + [0] * (world - 1)
+
+
+def test_a_process_without_the_main_ones_folder(jobs: list[Job], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--output_dir a folder that all nodes share"):
+        swept(tmp_path, jobs, rank=1, world=2)
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"seed": 4}, "seed"),
+        ({"prompts": (*PROMPTS[:-1], "another")}, "prompts"),
+        ({"prompts": PROMPTS[:-1]}, "num_images, prompts"),
+        ({"diversity": (3, 3)}, "diversity"),
+        ({"batch_size": 5}, "batch_size"),
+        ({"resolution": 64}, "resolution"),
+    ],
+)
+def test_cells_of_another_plan_are_refused(
+    change: dict[str, Any], key: str, jobs: list[Job], whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    swept(tmp_path, jobs[:1])
+    before = files_of(tmp_path)
+    with pytest.raises(InputError, match=rf"got another's: {key} differ; .*--output_dir, or --overwrite"):
+        swept(tmp_path, jobs, small_plan(**change))
+    assert files_of(tmp_path) == before  # nothing was begun
+    swept(tmp_path, jobs, small_plan(**change), overwrite=True)
+    after = files_of(tmp_path)
+    assert set(after) >= set(before) and all(
+        after[name] != before[name] for name in before if name.endswith("cell.json")
+    )
+    swept(tmp_path, jobs, overwrite=True)
+    assert files_of(tmp_path) == whole
+
+
+def test_cells_of_other_weights_or_another_extractor(jobs: list[Job], tmp_path: Path) -> None:
+    swept(tmp_path, jobs[:1])
+    cell, contender = jobs[0]
+    other = Contender(contender.name, contender.pipe, "another")
+    with pytest.raises(InputError, match="weights differ"):
+        swept(tmp_path, [(cell, other)])
+    with pytest.raises(InputError, match="images kept differ"):
+        swept(tmp_path, jobs[:1], kept=10)
+    sweep = sweep_in(tmp_path)
+    sweep.features.weights_hash = "another"  # type: ignore[misc]
+    with pytest.raises(InputError, match="features differ"):
+        sweep.run(jobs[:1], progress=False)
+    sweep = sweep_in(tmp_path)
+    sweep.scorers = {}
+    with pytest.raises(InputError, match="scores differ"):
+        sweep.run(jobs[:1], progress=False)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{"])
+def test_a_cell_that_says_nothing(text: str, jobs: list[Job], whole: dict[str, bytes], tmp_path: Path) -> None:
+    swept(tmp_path, jobs)
+    (tmp_path / "cells" / "teacher-2-3" / "cell.json").write_text(text)
+    with pytest.raises(InputError, match=r"cell.json, which can't be read"):
+        swept(tmp_path, jobs)
+    swept(tmp_path, jobs, overwrite=True)
+    assert files_of(tmp_path) == whole
+
+
+def test_files_that_are_cut_short_are_made_again(jobs: list[Job], whole: dict[str, bytes], tmp_path: Path) -> None:
+    """After a power cut a file may be there and empty."""
+    with pytest.MonkeyPatch.context() as patch:
+        dying(patch, 8)
+        with pytest.raises(Killed):
+            swept(tmp_path, jobs)
+    part = tmp_path / "cells" / "teacher-1-3" / "parts" / "00001.safetensors"
+    part.write_bytes(part.read_bytes()[:-8])
+    done = tmp_path / "cells" / "teacher-2-3" / "samples.safetensors"
+    done.write_bytes(b"")
+    with pytest.MonkeyPatch.context() as patch:
+        made = dying(patch, 10)
+        swept(tmp_path, jobs)
+    assert made == [(jobs[0][0], start) for start in (0, 4, 8, APART, APART + 4)] + [
+        (jobs[1][0], start) for start in (4, APART, APART + 4)
+    ]
+    assert files_of(tmp_path) == whole
+
+
+def test_a_part_that_breaks_while_it_is_waited_for(
+    jobs: list[Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "write_tensors", lambda path, _: _broken(path))
+    with pytest.raises(InputError, match=r"expected the part '.*00000.safetensors' of a sweep"):
+        swept(tmp_path, jobs)
+
+
+def _broken(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"")
+
+
+def test_images_that_are_gone_or_others(jobs: list[Job], tmp_path: Path) -> None:
+    sweep = swept(tmp_path, jobs[:1])
+    image = tmp_path / "cells" / "teacher-2-3" / "images" / "1.png"
+    data = image.read_bytes()
+    Image.fromarray(np.full((32, 32, 3), 200, np.uint8)).save(image)
+    with pytest.raises(InputError, match="as they were made"):
+        sweep.images(jobs[0][0])
+    image.unlink()
+    with pytest.raises(InputError, match=r"expected an image at .*1\.png"):
+        sweep.images(jobs[0][0])
+    image.write_bytes(data)
+    assert len(sweep.images(jobs[0][0], 99)) == 5
+
+
+def test_the_facts_of_a_cell_are_written_first_and_never_again(jobs: list[Job], tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        dying(patch, 3)
+        with pytest.raises(Killed):
+            swept(tmp_path, jobs)
+    facts = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("cell.json")}
+    assert len(facts) == 2
+    swept(tmp_path, jobs)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("cell.json")} == facts
+    found = json.loads((tmp_path / "cells" / "teacher-2-3" / "cell.json").read_text())
+    assert (found["model"], found["steps"], found["guidance"]) == ("teacher", 2, 3.0)
+    assert found["features"] == {"name": "corners", "hash": "0c", "dim": 12}
+
+
+def test_copies_are_counted(jobs: list[Job], tmp_path: Path) -> None:
+    """As a padded sampler, or a model that collapsed, would leave them."""
+    sweep = swept(tmp_path, jobs[:1])
+    found = sweep.samples(jobs[0][0])
+    assert found.copies == 0 and found.hashes is not None
+    hashes = found.hashes.clone()
+    hashes[[4, 7]] = int(hashes[1])
+    assert type(found)(found.features, None, {}, hashes, 0.0).copies == 2
+
+
+def test_no_further_images_and_none_kept(jobs: list[Job], tmp_path: Path) -> None:
+    sweep = sweep_in(tmp_path, small_plan(diversity=(0, 0)), kept=0)
+    (found,) = sweep.run(jobs[:1], progress=False)
+    assert found.spread is None and len(found.features) == len(PROMPTS) and found.evaluations == 4
+    assert not list(tmp_path.rglob("*.png"))
+
+
+@pytest.fixture
+def bar(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+    """Where the bar stands after each batch."""
+    seen: list[float] = []
+    original = module._Bar.advance
+
+    def advance(self: Any, cell: Cell) -> None:
+        original(self, cell)
+        seen.append(self.bar.n)
+
+    monkeypatch.setattr(module._Bar, "advance", advance)
+    return seen  # type: ignore[return-value]
+
+
+def test_the_bar_counts_cells_by_their_steps(
+    jobs: list[Job], tmp_path: Path, bar: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep_in(tmp_path).run(jobs)
+    # five batches of 2 steps, then five of 1: of two cells the first takes two thirds of the time
+    assert bar == pytest.approx([4 / 15 * i for i in range(1, 6)] + [4 / 3 + 2 / 15 * i for i in range(1, 6)])
+    assert "2.00/2" in capsys.readouterr().err
+
+
+def test_the_bar_knows_what_was_finished_before(jobs: list[Job], tmp_path: Path, bar: list[float]) -> None:
+    swept(tmp_path, jobs[:1])
+    bar.clear()
+    sweep_in(tmp_path).run(jobs)
+    assert bar == pytest.approx([1.2, 1.4, 1.6, 1.8, 2.0])
