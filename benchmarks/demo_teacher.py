@@ -1,7 +1,8 @@
 """Quality and speed of the demo teacher at many and at few steps: writes benchmarks/results/demo_teacher.json.
 
 Beside it come the statistics of the real images that every row is compared with (demo_reference.safetensors). Run it after
-the teacher or the judge was made again: python benchmarks/demo_teacher.py. Stopped, it goes on with the rows that are missing.
+the teacher or the judge was made again: python benchmarks/demo_teacher.py. Rows of the same protocol that are there already
+stay, so it goes on where it stopped, and other steps or guidances can be added.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Benchmark:
     teacher: str = "demo"
     judge: str | None = None
     steps: CommaList = field(default_factory=lambda: CommaList.parse("50,25,8,4,2,1"))
-    guidance: CommaList = field(default_factory=lambda: CommaList.parse("1,2,3"))
+    guidance: CommaList = field(default_factory=lambda: CommaList.parse("1,1.5,2,3"))
     n: CommaList = field(default_factory=lambda: CommaList.parse("1200,5000"))
     seed: int = 0
     threads: int = 0
@@ -76,13 +77,11 @@ def main(parsed: Parsed[Benchmark]) -> None:
     pipe = StableDiffusionPipeline.from_pretrained(resolve(options.teacher), safety_checker=None, use_safetensors=True)
 
     rows = kept(options.output, yardstick.protocol())
-    wanted = list(itertools.product(options.guidance.floats(), options.steps.ints()))
-    for guidance, steps in wanted:
+    for guidance, steps in itertools.product(options.guidance.floats(), options.steps.ints()):
         if (TEACHER, steps, guidance) not in {row.configuration for row in rows}:
             rows += evaluate(pipe, yardstick, TEACHER, (steps,), guidance)
             Results(rows, yardstick.protocol()).write(options.output)
-    order = {(TEACHER, steps, guidance): i for i, (guidance, steps) in enumerate(wanted)}
-    rows = sorted((row for row in rows if row.configuration in order), key=lambda r: (r.n, order[r.configuration]))
+    rows = sorted(rows, key=lambda r: (r.n, r.guidance, -r.steps))
     rows = timed(rows, {TEACHER: pipe}, yardstick.prompts[0], REPEATS)
     results = Results(rows, yardstick.protocol(), notes=[seconds_note()])
     results.write(options.output)

@@ -130,11 +130,12 @@ def test_the_teachers_rows_go_on_where_they_stopped(
     module.main(parse(module.Benchmark, [*small, "--steps", "2", "--guidance", "2"]))
     assert (tmp_path / "reference.safetensors").is_file()
     first = Results.read(tmp_path / "teacher.json")
+    module.main(parse(module.Benchmark, [*small, "--steps", "1", "--guidance", "2"]))  # what isn't asked for stays
     module.main(parse(module.Benchmark, [*small, "--steps", "2,1", "--guidance", "2,1"]))
     assert measured == [(2, 2.0), (1, 2.0), (2, 1.0), (1, 1.0)]
     whole = Results.read(tmp_path / "teacher.json")
     assert [(r.n, r.guidance, r.steps) for r in whole.rows] == [
-        (n, g, k) for n in (6, 12) for g in (2.0, 1.0) for k in (2, 1)
+        (n, g, k) for n in (6, 12) for g in (1.0, 2.0) for k in (2, 1)
     ]  # fmt: skip
     for row in first.rows:
         assert replace(row, seconds=()) in [replace(r, seconds=()) for r in whole.rows]
