@@ -1,7 +1,8 @@
 """The demo's student at several training seeds beside its teacher: writes benchmarks/results/demo_lcm_lora.json.
 
 Runs recipes/lcm_lora.py with its demo settings once a seed, or takes the results of runs that are finished, and collects the
-students' rows under the teacher's lowest row at each number of steps: python benchmarks/demo_lcm_lora.py
+students' rows under the teacher's lowest row at each number of steps, whose seconds were taken in turns with the last student's:
+python benchmarks/demo_lcm_lora.py
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ class Benchmark:
         images: a row.
         threads: CPU threads; 0 leaves PyTorch's own choice.
         runs: folder of the run folders.
-        teacher: results file with the teacher's rows.
         output: the results file.
     """
 
@@ -34,7 +34,6 @@ class Benchmark:
     images: int = 5000
     threads: int = 0
     runs: str = str(ROOT / "out" / "demo_seeds")
-    teacher: str = str(ROOT / "benchmarks" / "results" / "demo_teacher.json")
     output: str = str(ROOT / "benchmarks" / "results" / "demo_lcm_lora.json")
 
 
@@ -52,25 +51,24 @@ def main(parsed: Parsed[Benchmark]) -> None:
     from stepdistill.bench.demo import STUDENT
     from stepdistill.bench.table import TEACHER, Results, Row
 
-    options, rows = parsed.recipe, list[Row]()
-    teacher = Results.read(options.teacher)
-    last = teacher
+    options, students = parsed.recipe, list[Row]()
     for seed in options.seeds.ints():
         folder = Path(options.runs) / str(seed)
         results = folder / "results.json"
         if not results.is_file():
             subprocess.run(command(folder, seed, options.images, options.threads), check=True, cwd=ROOT)
-        last = Results.read(results)
-        rows += [replace(r, model=f"{STUDENT}, seed {seed}") for r in last.rows if r.model == STUDENT]
-        if {r.n for r in last.rows if r.model == STUDENT} != {options.images}:
+        found = Results.read(results)
+        models = {(row.model, row.n) for row in found.rows}
+        if models != {(TEACHER, options.images), (STUDENT, options.images)}:
             raise InputError(
-                f"expected rows of {options.images} images in {results}, got others; delete it and run again"
+                f"expected rows of teacher and student of {options.images} images in {results}, got others; delete it and "
+                "run again, after benchmarks/demo_teacher.py if it is the teacher's that are missing"
             )
-    of_n = Results([r for r in teacher.rows if r.n == options.images], teacher.protocol)
-    lowest = [of_n.best(options.images, steps) for steps in sorted({r.steps for r in of_n.rows}, reverse=True)]
+        students += [replace(r, model=f"{STUDENT}, seed {seed}") for r in found.rows if r.model == STUDENT]
+    lowest = [found.best(options.images, steps) for steps in sorted({r.steps for r in found.rows}, reverse=True)]
     teachers = [row for row in lowest if row is not None]
-    note = f"{TEACHER}: of each number of steps the guidance of the lowest distance."
-    merged = Results([*teachers, *rows], teacher.protocol, last.environment, [note])
+    notes = [f"{TEACHER}: of each number of steps the guidance of the lowest distance.", *found.notes]
+    merged = Results([*teachers, *students], found.protocol, found.environment, notes)
     merged.write(options.output)
     print(f"{merged.markdown()}\nwritten to {options.output}")
 

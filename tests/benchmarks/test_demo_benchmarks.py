@@ -54,40 +54,44 @@ def test_a_students_command_is_one_that_the_recipe_takes(tmp_path: Path) -> None
 def test_students_stand_under_the_teachers_lowest_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     module = script("demo_lcm_lora")
     rows = [ROW, replace(ROW, guidance=1.0, frechet=6.0), replace(ROW, steps=2, frechet=40.0)]
-    rows += [replace(ROW, steps=2, guidance=1.0, frechet=30.0), replace(ROW, n=20, frechet=0.1)]
-    write(tmp_path / "teacher.json", *rows)
+    rows += [replace(ROW, steps=2, guidance=1.0, frechet=30.0)]
     for seed in (3, 4):
-        write(tmp_path / "runs" / str(seed) / "results.json", ROW, student(2, 5.0 + seed))
+        timed = [replace(row, seconds=(0.1 * seed,)) for row in rows]
+        write(tmp_path / "runs" / str(seed) / "results.json", *timed, student(2, 5.0 + seed))
     flags = ["--seeds", "3,4", "--images", "60", "--runs", str(tmp_path / "runs")]
-    flags += ["--teacher", str(tmp_path / "teacher.json"), "--output", str(tmp_path / "out.json")]
+    flags += ["--output", str(tmp_path / "out.json")]
     module.main(parse(module.Benchmark, flags))
     found = Results.read(tmp_path / "out.json")
     assert [(r.model, r.steps, r.guidance, r.frechet) for r in found.rows] == [
         ("teacher", 50, 2.0, 5.0), ("teacher", 2, 1.0, 30.0),
         ("student, seed 3", 2, 1.0, 8.0), ("student, seed 4", 2, 1.0, 9.0),
     ]  # fmt: skip
+    assert found.rows[0].seconds == (0.4,)  # of the last student's turns
     assert found.gap_closed(found.rows[2]) == pytest.approx((30 - 8) / (30 - 5))
     assert found.markdown() in capsys.readouterr().out
 
     flags[3] = "61"
-    with pytest.raises(InputError, match=r"rows of 61 images in .*results.json"):
+    with pytest.raises(InputError, match=r"teacher and student of 61 images in .*results.json"):
+        module.main(parse(module.Benchmark, flags))
+    flags[3] = "60"
+    write(tmp_path / "runs" / "4" / "results.json", student(2, 9.0))
+    with pytest.raises(InputError, match=r"after benchmarks/demo_teacher.py"):
         module.main(parse(module.Benchmark, flags))
 
 
 def test_a_run_that_is_missing_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = script("demo_lcm_lora")
-    write(tmp_path / "teacher.json", ROW)
     made: list[list[str]] = []
 
     def train(words: list[str], **options: Any) -> None:
         made.append(words)
         assert options["check"]  # a run that fails must not pass for one
-        write(tmp_path / "runs" / "0" / "results.json", student(2, 7.0))
+        write(tmp_path / "runs" / "0" / "results.json", ROW, student(2, 7.0))
 
     monkeypatch.setattr(module.subprocess, "run", train)
     flags = ["--seeds", "0", "--images", "60", "--runs", str(tmp_path / "runs"), "--output", str(tmp_path / "out.json")]
     for _ in range(2):  # the second time it is there
-        module.main(parse(module.Benchmark, [*flags, "--teacher", str(tmp_path / "teacher.json")]))
+        module.main(parse(module.Benchmark, flags))
     assert made == [module.command(tmp_path / "runs" / "0", 0, 60, 0)]
 
 
