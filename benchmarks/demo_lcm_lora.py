@@ -1,7 +1,7 @@
 """The demo's student at several training seeds beside its teacher: writes benchmarks/results/demo_lcm_lora.json.
 
 Runs recipes/lcm_lora.py with its demo settings once a seed, or takes the results of runs that are finished, and collects the
-students' rows under the teacher's lowest row at each number of steps, whose seconds were taken in turns with the last student's:
+students' rows under the teacher's lowest at each number of steps, whose seconds were taken in turns with the last student's:
 python benchmarks/demo_lcm_lora.py
 """
 
