@@ -128,12 +128,17 @@ def demo_yardstick(config: EvalConfig) -> Yardstick:
 
 
 def with_export(pipe: Any, folder: Path, info: dict[str, Any]) -> Any:
-    """A stock pipeline of the base model with the exported adapter or network in it."""
+    """A stock pipeline of the base model with the exported adapter or network in it.
+
+    An adapter is fused into the weights, as one would to make images quickly: beside them it costs time at every layer.
+    """
     import diffusers
 
     network = info["weights"]["network"]
     if network is None:
         pipe.load_lora_weights(str(folder))
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()  # the layers that held it; what was fused stays
     else:
         cls = getattr(diffusers, network["class"])
         pipe.register_modules(**{network["folder"]: cls.from_pretrained(str(folder), subfolder=network["folder"])})
