@@ -13,9 +13,10 @@ THREADS ?= 2
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-# PASSIVE: threads that wait give their core away; spinning ones bring a busy machine to a standstill
+# threads that wait spin for some microseconds and then give their core away: asleep at once, two are slower than one; spinning
+# on, they bring a busy machine to a standstill
 demo: .venv  ## distil the demo teacher into an LCM-LoRA and show what it can do at 8, 4, 2, 1 steps
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+	GOMP_SPINCOUNT=10000 $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		--num_cpu_threads_per_process $(THREADS) recipes/lcm_lora.py --train.resume_from_checkpoint latest $(ARGS)
 
 test: .venv  ## all quick tests

@@ -1,7 +1,8 @@
 """The demo's student at several training seeds beside its teacher: writes benchmarks/results/demo_lcm_lora.json.
 
 Runs recipes/lcm_lora.py with its demo settings once a seed, or takes the results of runs that are finished, and collects the
-students' rows under the teacher's lowest row at each number of steps: python benchmarks/demo_lcm_lora.py
+students' rows under the teacher's lowest at each number of steps, whose seconds were taken in turns with the last student's:
+python benchmarks/demo_lcm_lora.py
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ class Benchmark:
         images: a row.
         threads: CPU threads; 0 leaves PyTorch's own choice.
         runs: folder of the run folders.
-        teacher: results file with the teacher's rows.
         output: the results file.
     """
 
@@ -34,7 +34,6 @@ class Benchmark:
     images: int = 5000
     threads: int = 0
     runs: str = str(ROOT / "out" / "demo_seeds")
-    teacher: str = str(ROOT / "benchmarks" / "results" / "demo_teacher.json")
     output: str = str(ROOT / "benchmarks" / "results" / "demo_lcm_lora.json")
 
 
@@ -53,29 +52,28 @@ def main(parsed: Parsed[Benchmark]) -> None:
     from stepdistill.bench.rows import TEACHER, Quality, Results, Speed
     from stepdistill.bench.table import markdown
 
-    options, rows, speed = parsed.recipe, list[Quality](), list[Speed]()
-    teacher = Results.read(options.teacher)
-    last = teacher
+    options, students, speed = parsed.recipe, list[Quality](), list[Speed]()
     for seed in options.seeds.ints():
         folder = Path(options.runs) / str(seed)
         results = folder / "results.json"
         if not results.is_file():
             subprocess.run(command(folder, seed, options.images, options.threads), check=True, cwd=ROOT)
-        last = Results.read(results)
-        name = f"{STUDENT}, seed {seed}"
-        own = [replace(r, cell=replace(r.cell, model=name)) for r in last.quality if r.cell.model == STUDENT]
-        if {r.n for r in own} != {options.images}:
+        found = Results.read(results)
+        if {(r.cell.model, r.n) for r in found.quality} != {(TEACHER, options.images), (STUDENT, options.images)}:
             raise InputError(
-                f"expected rows of {options.images} images in {results}, got others; delete it and run again"
+                f"expected rows of teacher and student of {options.images} images in {results}, got others; delete it and "
+                "run again, after benchmarks/demo_teacher.py if it is the teacher's that are missing"
             )
-        rows += own
-        speed += [replace(s, cell=replace(s.cell, model=name)) for s in last.speed if s.cell.model == STUDENT]
-    of_n = Results([r for r in teacher.quality if r.n == options.images], teacher.protocol)
-    lowest = [of_n.best(options.images, steps) for steps in sorted({r.cell.steps for r in of_n.quality}, reverse=True)]
+        name = f"{STUDENT}, seed {seed}"
+        students += [replace(r, cell=replace(r.cell, model=name)) for r in found.quality if r.cell.model == STUDENT]
+        speed += [replace(s, cell=replace(s.cell, model=name)) for s in found.speed if s.cell.model == STUDENT]
+    lowest = [found.best(options.images, steps) for steps in sorted({r.cell.steps for r in found.quality}, reverse=True)]
     teachers = [row for row in lowest if row is not None]
-    shown = [s for s in teacher.speed if s.cell in {row.cell for row in teachers}]
-    note = f"{TEACHER}: of each number of steps the guidance of the lowest distance."
-    merged = Results([*teachers, *rows], teacher.protocol, [*shown, *speed], None, {}, last.environment, [note])
+    shown = [s for s in found.speed if s.cell in {row.cell for row in teachers}]
+    notes = [f"{TEACHER}: of each number of steps the guidance of the lowest distance.", *found.notes]
+    merged = Results(
+        [*teachers, *students], found.protocol, [*shown, *speed], environment=found.environment, notes=notes
+    )
     merged.teacher = None if (best := merged.best(options.images)) is None else best.cell
     merged.write(options.output)
     print(f"{markdown(merged)}\nwritten to {options.output}")

@@ -1,7 +1,8 @@
 """Quality and speed of the demo teacher at many and at few steps: writes benchmarks/results/demo_teacher.json.
 
 Beside it come the statistics of the real images that every row is compared with (demo_reference.safetensors). Run it after
-the teacher or the judge was made again: python benchmarks/demo_teacher.py. Stopped, it goes on where it was.
+the teacher or the judge was made again: python benchmarks/demo_teacher.py. Rows of the same protocol that are there already
+stay, so it goes on where it stopped, and other steps or guidances can be added.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Benchmark:
     teacher: str = "demo"
     judge: str | None = None
     steps: CommaList = field(default_factory=lambda: CommaList.parse("50,25,8,4,2,1"))
-    guidance: CommaList = field(default_factory=lambda: CommaList.parse("1,2,3"))
+    guidance: CommaList = field(default_factory=lambda: CommaList.parse("1,1.5,2,3"))
     n: CommaList = field(default_factory=lambda: CommaList.parse("1200,5000"))
     seed: int = 0
     threads: int = 0
@@ -74,13 +75,12 @@ def main(parsed: Parsed[Benchmark]) -> None:
     (teacher,) = open_contenders(options.teacher, [])
 
     rows = kept(options.output, yardstick.protocol())
-    wanted = [Cell(TEACHER, k, g) for g, k in itertools.product(options.guidance.floats(), options.steps.ints())]
-    for cell in wanted:
-        if cell not in {row.cell for row in rows}:
-            rows += evaluate(teacher, yardstick, options.samples, (cell.steps,), cell.guidance)
+    for guidance, steps in itertools.product(options.guidance.floats(), options.steps.ints()):
+        if Cell(TEACHER, steps, guidance) not in {row.cell for row in rows}:
+            rows += evaluate(teacher, yardstick, options.samples, (steps,), guidance)
             Results(rows, yardstick.protocol()).write(options.output)
-    rows = sorted((row for row in rows if row.cell in wanted), key=lambda r: (r.n, wanted.index(r.cell)))
-    speed, _ = speeds([(cell, teacher) for cell in wanted], yardstick.plan)
+    rows = sorted(rows, key=lambda r: (r.n, r.cell.guidance, -r.cell.steps))
+    speed, _ = speeds([(cell, teacher) for cell in dict.fromkeys(row.cell for row in rows)], yardstick.plan)
     results = Results(rows, yardstick.protocol(), speed, notes=[seconds_note()])
     results.teacher = None if (best := results.best(yardstick.n)) is None else best.cell
     results.write(options.output)

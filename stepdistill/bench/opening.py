@@ -136,6 +136,8 @@ def student_pipeline(
         if network is None:
             pipe = _twin(base, **{name: copy.deepcopy(denoiser_of(base))}, scheduler=scheduler)
             pipe.load_lora_weights(str(folder))
+            pipe.fuse_lora()  # as one would to make images quickly: beside the weights it costs time at every layer
+            pipe.unload_lora_weights()  # the layers that held it; what was fused stays
         else:
             cls, place = getattr(diffusers, network["class"]), network["folder"]
             own = cls.from_pretrained(str(folder), subfolder=place, use_safetensors=True).eval()

@@ -20,7 +20,7 @@ def images(n: int, size: int = 16) -> np.ndarray:
 def judge(seed: int = 0) -> Judge:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Judge({"shape": 3, "colour": 2}, resolution=16, width=4, dim=6)
+        return Judge({"shape": 3, "colour": 2}, resolution=16, width=4, dense=6)
 
 
 def test_pixels_and_back() -> None:
@@ -63,8 +63,8 @@ def test_judge_features_are_the_judges() -> None:
     net, batch = judge(), images(7)
     extractor = JudgeFeatures(net, batch_size=3)
     features = extractor(batch)
-    assert (features.dtype, tuple(features.shape), extractor.dim) == (torch.float64, (7, 6), 6)
-    torch.testing.assert_close(features, net.features(to_pixels(batch)).double(), check_dtype=False)
+    assert (features.dtype, tuple(features.shape), extractor.dim) == (torch.float64, (7, 14), 8 + 6)
+    torch.testing.assert_close(features, net.features(to_pixels(batch)).double(), rtol=1e-5, atol=1e-6)  # in threes
     for name, logits in extractor.logits(batch).items():
         torch.testing.assert_close(logits, net(to_pixels(batch))[name])
     with pytest.raises(ValueError, match="16x16"):

@@ -61,12 +61,11 @@ def test_a_students_command_is_one_that_the_recipe_takes(tmp_path: Path) -> None
 
 def test_students_stand_under_the_teachers_lowest_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     module = script("demo_lcm_lora")
-    rows = [ROW, row(50, 6.0, guidance=1.0), row(2, 40.0), row(2, 30.0, guidance=1.0), row(50, 0.1, n=20)]
-    write(tmp_path / "teacher.json", *rows)
+    rows = [ROW, row(50, 6.0, guidance=1.0), row(2, 40.0), row(2, 30.0, guidance=1.0)]
     for seed in (3, 4):
-        write(tmp_path / "runs" / str(seed) / "results.json", ROW, row(2, 5.0 + seed, "student", 1.0))
+        write(tmp_path / "runs" / str(seed) / "results.json", *rows, row(2, 5.0 + seed, "student", 1.0))
     flags = ["--seeds", "3,4", "--images", "60", "--runs", str(tmp_path / "runs")]
-    flags += ["--teacher", str(tmp_path / "teacher.json"), "--output", str(tmp_path / "out.json")]
+    flags += ["--output", str(tmp_path / "out.json")]
     module.main(parse(module.Benchmark, flags))
     found = Results.read(tmp_path / "out.json")
     assert [(*vars(r.cell).values(), r.distance) for r in found.quality] == [
@@ -79,24 +78,27 @@ def test_students_stand_under_the_teachers_lowest_rows(tmp_path: Path, capsys: p
     assert markdown(found) in capsys.readouterr().out
 
     flags[3] = "61"
-    with pytest.raises(InputError, match=r"rows of 61 images in .*results.json"):
+    with pytest.raises(InputError, match=r"teacher and student of 61 images in .*results.json"):
+        module.main(parse(module.Benchmark, flags))
+    flags[3] = "60"
+    write(tmp_path / "runs" / "4" / "results.json", row(2, 9.0, "student", 1.0))
+    with pytest.raises(InputError, match=r"after benchmarks/demo_teacher.py"):
         module.main(parse(module.Benchmark, flags))
 
 
 def test_a_run_that_is_missing_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = script("demo_lcm_lora")
-    write(tmp_path / "teacher.json", ROW)
     made: list[list[str]] = []
 
     def train(words: list[str], **options: Any) -> None:
         made.append(words)
         assert options["check"]  # a run that fails must not pass for one
-        write(tmp_path / "runs" / "0" / "results.json", row(2, 7.0, "student", 1.0))
+        write(tmp_path / "runs" / "0" / "results.json", ROW, row(2, 7.0, "student", 1.0))
 
     monkeypatch.setattr(module.subprocess, "run", train)
     flags = ["--seeds", "0", "--images", "60", "--runs", str(tmp_path / "runs"), "--output", str(tmp_path / "out.json")]
     for _ in range(2):  # the second time it is there
-        module.main(parse(module.Benchmark, [*flags, "--teacher", str(tmp_path / "teacher.json")]))
+        module.main(parse(module.Benchmark, flags))
     assert made == [module.command(tmp_path / "runs" / "0", 0, 60, 0)]
 
 
@@ -141,15 +143,16 @@ def test_the_teachers_rows_go_on_where_they_stopped(
     module.main(parse(module.Benchmark, [*small, "--steps", "2", "--guidance", "2"]))
     assert (tmp_path / "reference.safetensors").is_file()
     first = Results.read(tmp_path / "teacher.json")
+    module.main(parse(module.Benchmark, [*small, "--steps", "1", "--guidance", "2"]))  # what isn't asked for stays
     module.main(parse(module.Benchmark, [*small, "--steps", "2,1", "--guidance", "2,1"]))
     assert measured == [(2, 2.0), (1, 2.0), (2, 1.0), (1, 1.0)]
     whole = Results.read(tmp_path / "teacher.json")
     assert [(r.n, r.cell.guidance, r.cell.steps) for r in whole.quality] == [
-        (n, g, k) for n in (6, 12) for g in (2.0, 1.0) for k in (2, 1)
+        (n, g, k) for n in (6, 12) for g in (1.0, 2.0) for k in (2, 1)
     ]  # fmt: skip
     assert all(row in whole.quality for row in first.quality) and len(first.quality) == 2
     assert [(s.cell.guidance, s.cell.steps, len(s.seconds)) for s in whole.speed] == [
-        (2.0, 2, 5), (2.0, 1, 5), (1.0, 2, 5), (1.0, 1, 5),
+        (1.0, 2, 5), (1.0, 1, 5), (2.0, 2, 5), (2.0, 1, 5),
     ]  # fmt: skip
     assert whole.teacher == whole.best(12).cell  # type: ignore[union-attr]
 
