@@ -52,6 +52,8 @@ def main(parsed: Parsed[Benchmark]) -> None:
     from stepdistill.bench.table import TEACHER, Results, Row
 
     options, students = parsed.recipe, list[Row]()
+    if not options.seeds:
+        raise InputError("expected one seed or more, got none; fix --seeds, e.g. 0,1,2")
     for seed in options.seeds.ints():
         folder = Path(options.runs) / str(seed)
         results = folder / "results.json"
