@@ -53,6 +53,8 @@ def main(parsed: Parsed[Benchmark]) -> None:
     from stepdistill.bench.table import markdown
 
     options, students, speed = parsed.recipe, list[Quality](), list[Speed]()
+    if not options.seeds:
+        raise InputError("expected one seed or more, got none; fix --seeds, e.g. 0,1,2")
     for seed in options.seeds.ints():
         folder = Path(options.runs) / str(seed)
         results = folder / "results.json"

@@ -25,7 +25,7 @@ def section(results: Results) -> str:
     """The table with what is needed to read it: the machine and where the numbers lie."""
     about = results.environment
     machine = ", ".join(f"{name} {about[name]}" for name in ("torch", "diffusers") if name in about)
-    where = f"From `{RESULTS.relative_to(ROOT)}` ({machine}; {about.get('threads', '?')} CPU threads)."
+    where = f"From `{RESULTS.relative_to(ROOT)}` ({machine}; CPU threads: {about.get('threads', '?')})."
     return f"{markdown(results).strip()}\n\n{where}"
 
 

@@ -81,6 +81,8 @@ def test_students_stand_under_the_teachers_lowest_rows(tmp_path: Path, capsys: p
     with pytest.raises(InputError, match=r"teacher and student of 61 images in .*results.json"):
         module.main(parse(module.Benchmark, flags))
     flags[3] = "60"
+    with pytest.raises(InputError, match="--seeds"):
+        module.main(parse(module.Benchmark, [*flags, "--seeds="]))
     write(tmp_path / "runs" / "4" / "results.json", row(2, 9.0, "student", 1.0))
     with pytest.raises(InputError, match=r"after benchmarks/demo_teacher.py"):
         module.main(parse(module.Benchmark, flags))
