@@ -14,7 +14,7 @@ from ..export.folder import FACTS, read_facts
 from .quantities import OPTIONAL
 
 INDEX, ADAPTER = "model_index.json", "pytorch_lora_weights.safetensors"
-GUIDANCE = {"demo": "2"}  # of the teacher, where it isn't said; as pipelines have it for others
+GUIDANCE = {"demo": "1.5"}  # of the teacher, where it isn't said; as pipelines have it for others
 USUAL = "7.5"
 IMAGES = 1200  # of the demo, whose prompts have no end
 
@@ -26,7 +26,7 @@ GROUPS: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
         ("--steps", {"metavar": "LIST", "default": "1,2,4,8", "help": "of the students, and of the teacher too (1,2,4,8)"}),
         ("--guidance", {"metavar": "LIST", "help": "of the students (default: each one's own, from its stepdistill.json)"}),
         ("--teacher_steps", {"metavar": "N", "type": int, "default": 50, "help": "that the teacher is meant for (50)"}),
-        ("--teacher_guidance", {"metavar": "LIST", "help": "the first is what students are held against (7.5; demo: 2)"}),
+        ("--teacher_guidance", {"metavar": "LIST", "help": "the first is what students are held against (7.5; demo: 1.5)"}),
         ("--variant", {"help": "of the teacher's files, e.g. fp16"}),
         ("--dtype", {"choices": ("fp32", "fp16", "bf16"), "default": "fp32", "help": "of all weights (fp32)"}),
         ("--resolution", {"metavar": "PIXELS", "type": int, "help": "of the images (default: the teacher's own)"}),

@@ -111,7 +111,7 @@ def test_on_the_demo_teacher_the_exported_files_are_measured(
         seen.update(names=(contender.name, bare.name), steps=options[-2])
         seen["output"] = look_at(model, _as(student, pipe.unet), 8.0)
         if kind == "lora":
-            seen["moved"] = float((look_at(model, _as(student, bare.unet), 8.0) - seen["output"]).abs().max())
+            seen["moved"] = float((look_at(model, _as(student, bare.pipe.unet), 8.0) - seen["output"]).abs().max())
         seen["layers"] = [name for name, _ in pipe.unet.named_modules() if "lora" in name]
         (folder / "table.md").write_text("| row |")
 
