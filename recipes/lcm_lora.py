@@ -35,6 +35,7 @@ def main(parsed: Parsed[Recipe]) -> None:
     from stepdistill.data.latents import cache_latents
     from stepdistill.data.open import open_source
     from stepdistill.export.hub import check_hub
+    from stepdistill.export.lcm import lcm_sampling
     from stepdistill.export.student import export_student
     from stepdistill.training.trainer import Trainer
 
@@ -46,13 +47,14 @@ def main(parsed: Parsed[Recipe]) -> None:
     student = model.denoiser.student(r.student, r.train.seed, embed_guidance=True)
     student.checkpoint_activations(r.train.gradient_checkpointing)
     method = LCM(r.method, student, teacher=model.denoiser)
-    samples = sampler(model, student, r.method, r.train.validation_prompts, r.output_dir)
+    plan = lcm_sampling(r.method, model, student.takes_guidance)
+    samples = sampler(model, student, plan, r.train.validation_prompts, r.output_dir)
     data = cache_latents(model, source, r.data, rank=trainer.rank, world=trainer.world, wait=trainer.wait)
     trainer.fit(method, data, on_validate=samples)
     if trainer.is_main:
         samples(trainer.step)
-        export_student(r.output_dir, model, student, r.teacher, r.method, r.export)
-        finish(r.output_dir, r.teacher, r.method, r.eval, r.export)
+        export_student(r.output_dir, model, student, r.teacher, plan, r.export)
+        finish(r.output_dir, r.teacher, r.eval, r.export)
 
 
 if __name__ == "__main__":

@@ -66,7 +66,10 @@ class Method(ABC):
 
     @abstractmethod
     def networks(self) -> dict[str, Network]:
-        """Every role that trains or changes: student, critic, discriminator, target, projection. Not frozen teachers."""
+        """Every role that trains or changes: student, critic, discriminator, target, projection. Not frozen teachers.
+
+        Asked again after :meth:`next_round` and :meth:`load_state_dict`, which may add roles that do not train.
+        """
 
     def training_step(self, batch: Batch) -> Losses:
         """The loss of the student on one micro-batch."""
@@ -80,7 +83,10 @@ class Method(ABC):
         """Called once after all phases of a step: target EMA, curricula. Not after a step of which a phase was skipped."""
 
     def next_round(self) -> bool:
-        """Called at the end of each round; True if there is another (the optimizer is then made afresh)."""
+        """Called at the end of each round; True if there is another (the optimizer is then made afresh).
+
+        The student holds its average then, where there is one.
+        """
         return False
 
     def state_dict(self) -> dict[str, Any]:
@@ -88,7 +94,7 @@ class Method(ABC):
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores :meth:`state_dict`."""
+        """Restores :meth:`state_dict`, before the networks get their weights back: it may have to make some of them."""
         if state:
             raise ValueError(
                 f"{type(self).__name__} keeps no state, got {sorted(state)}; is this another run's checkpoint?"

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ladders import ladder
 from torch import nn
 from toys import Duel, Numbers, Regression, Uneven, options, sd_table, stopping_after
 
@@ -263,6 +264,11 @@ def fit_in(folder: Path, method: Method, data: Any = None, on_validate: Any = No
     Trainer(config, folder).fit(method, data or Numbers(), on_validate=on_validate)
 
 
+def climb_in(folder: Path, kind: str) -> None:
+    """Three rungs of a small student; with a LoRA a second adapter comes to the wrapped base after the first."""
+    fit_in(folder / f"ladder-{kind}", ladder(kind), ema_decay=0.9, adam_epsilon=1e-3, max_train_steps=3)
+
+
 def ranks(folder: Path) -> None:
     """All that 1 and 2 processes must agree on; writes how the broken and the stopped run ended, by rank."""
     fit_in(folder / "regression", Regression(), ema_decay=0.9)
@@ -270,6 +276,7 @@ def ranks(folder: Path) -> None:
     fit_in(folder / "uneven", Uneven(), Numbers(count=20))
     fit_in(folder / "lcm", linear_lcm())
     fit_in(folder / "shared", Shared())
+    climb_in(folder, "full")
     steps = 3 if "WORLD_SIZE" in os.environ else 6  # several processes begin it, one goes on
     fit_in(folder / "moved", Regression(), ema_decay=0.9, max_train_steps=steps)
     ends = {}
@@ -300,6 +307,7 @@ def ranks_stable_diffusion(folder: Path) -> None:
         nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(i))
     # with its default epsilon Adam would make a whole step of a gradient that is nothing but rounding
     fit_in(folder / "lcm", method, data, learning_rate=1e-3, adam_epsilon=1e-2)
+    climb_in(folder, "lora")
 
 
 def prepare(folder: Path) -> None:

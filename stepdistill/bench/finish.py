@@ -15,10 +15,9 @@ from ..export.config import ExportConfig
 from ..export.folder import read_facts
 from ..export.hub import push
 from ..export.lines import loading_lines
-from ..export.sampling import sampling
+from ..export.sampling import Sampling
 from ..families import Model, TeacherConfig
 from ..families.loading import DEMO_JUDGE
-from ..methods.lcm import LCMConfig
 from ..networks.denoiser import Denoiser
 from .config import EvalConfig
 from .contenders import open_contenders
@@ -34,7 +33,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def sampler(
-    model: Model, student: Denoiser, method: LCMConfig, prompts: Sequence[str] | None, folder: str | Path, seed: int = 0
+    model: Model, student: Denoiser, plan: Sampling, prompts: Sequence[str] | None, folder: str | Path, seed: int = 0
 ) -> Callable[[int], None]:
     """A callback that writes `samples/<step>.png`: a row a prompt, a column a number of steps, one noise a row.
 
@@ -42,7 +41,6 @@ def sampler(
 
     Raises InputError, before the training, for prompts that the model does not read and for what no stock scheduler samples.
     """
-    plan = sampling(method, model, student.takes_guidance)
     if prompts and "tokenizer" not in model.pipeline().components:
         raise InputError(f"expected no prompts for {model.name!r}, which reads none; drop --train.validation_prompts")
 
@@ -90,7 +88,6 @@ def _in_their_own_dtypes(modules: Iterable[nn.Module]) -> Iterator[None]:
 def finish(
     folder: str | Path,
     teacher: TeacherConfig,
-    method: LCMConfig,
     config: EvalConfig,
     export: ExportConfig | None = None,
 ) -> None:

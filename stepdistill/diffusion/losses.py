@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+
+Weighting = Literal["truncated_snr", "snr+1", "snr"]
+"""A weight of the x0 error, by its name in arXiv 2202.00512, section 4."""
 
 
 def mse(x: Tensor, y: Tensor) -> Tensor:
@@ -43,3 +47,14 @@ def snr_plus_one(snr: Tensor) -> Tensor:
 def min_snr(snr: Tensor, gamma: float = 5.0) -> Tensor:
     """min(SNR, gamma) (arXiv 2303.09556, eq. 3), weight of the x0 error; [B] -> [B]."""
     return snr.clamp(max=gamma)
+
+
+def x0_weight(weighting: Weighting, snr: Tensor) -> Tensor:
+    """The weight of the x0 error at this SNR; [B] -> [B]. "snr" makes it the plain error of eps."""
+    if weighting == "truncated_snr":
+        return truncated_snr(snr)
+    if weighting == "snr+1":
+        return snr_plus_one(snr)
+    if weighting == "snr":
+        return snr
+    raise ValueError(f"expected a weighting in {get_args(Weighting)}, got {weighting!r}")

@@ -77,6 +77,12 @@ def coefficients(kind: Kind, schedule: NoiseSchedule, t: Tensor) -> tuple[Tensor
     raise ValueError(f"expected a prediction kind in {KINDS}, got {kind!r}")
 
 
+def determines(kind: Kind, schedule: NoiseSchedule, t: Tensor) -> Tensor:
+    """Whether x_t and an output of this kind determine x0 and eps at t; [B] -> [B] bool. eps does not at alpha = 0."""
+    a, b = coefficients(kind, schedule, t)
+    return a * schedule.sigma(t) - b * schedule.alpha(t) != 0
+
+
 def target(kind: Kind, schedule: NoiseSchedule, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     """What a network of this kind should put out: a x0 + b eps. x0, eps [B, ...], t [B]."""
     a, b = coefficients(kind, schedule, t)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from .prediction import Prediction
-from .schedule import NoiseSchedule
+from .schedule import NoiseSchedule, expand
 
 
 def ddim(schedule: NoiseSchedule, prediction: Prediction, s: Tensor) -> Tensor:
@@ -22,6 +22,22 @@ def ddim(schedule: NoiseSchedule, prediction: Prediction, s: Tensor) -> Tensor:
     if not bool(schedule.alpha(s).any()):
         return sigma * prediction.eps
     return alpha * prediction.x0 + sigma * prediction.eps
+
+
+def x0_of_step(schedule: NoiseSchedule, x_t: Tensor, t: Tensor, x_s: Tensor, s: Tensor) -> Tensor:
+    """The x0 with which one :func:`ddim` step from x_t at t lands on x_s at s < t; [B, ...], in float32 or better.
+
+        x0 = (x_s - r x_t) / (alpha_s - r alpha_t),    r = sigma_s / sigma_t        (arXiv 2202.00512, algorithm 2)
+
+    It asks for no eps, so it holds at alpha_t = 0 too, and at s = 0 it is x_s. On :class:`Flow` the velocity that goes with it
+    is (x_s - x_t) / (s - t). t and s are [B]; ValueError where s is not before t.
+    """
+    r = schedule.sigma(s) / schedule.sigma(t)
+    rest = schedule.alpha(s) - r * schedule.alpha(t)
+    if not bool((rest > 0).all()):
+        bad = ~(rest > 0)
+        raise ValueError(f"expected steps towards the data, s < t, got t = {t[bad].tolist()}, s = {s[bad].tolist()}")
+    return expand(1.0 / rest, x_s) * x_s - expand(r / rest, x_t) * x_t
 
 
 def sample(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .schedule import NoiseSchedule, Tabulated
+
 
 def uniform(u: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
     """U[low, high) from u in [0, 1); [B] float64."""
@@ -20,6 +22,13 @@ def from_grid(u: Tensor, grid: Tensor) -> Tensor:
     """A uniformly chosen entry of `grid` [N] for each u in [0, 1); [B] float64."""
     index = (u.double() * len(grid)).long().clamp(max=len(grid) - 1)
     return grid.double()[index]
+
+
+def trainable(t: Tensor, schedule: NoiseSchedule) -> Tensor:
+    """t in [0, 1) moved to times that a network trains at: a table's levels, each as likely; elsewhere at least 1e-5."""
+    if isinstance(schedule, Tabulated):
+        return (torch.floor(t * schedule.levels) + 1.0) / schedule.levels
+    return t.clamp(min=1e-5)
 
 
 def shift(t: Tensor, factor: float) -> Tensor:

@@ -58,30 +58,34 @@ def _body(info: dict[str, Any], lines: str) -> list[str]:
     adapter = info["weights"]["network"] is None
     thing = "adapter" if adapter else "model"
     return [
-        f"# {info['method'].upper()}{'-LoRA' * adapter} of {base}",
-        f"A latent-consistency {thing} {'for' if adapter else 'distilled from'} {base}, made with stepdistill: pictures in "
-        f"{steps[0]} to {steps[-1]} steps{' without classifier-free guidance' * (info['takes'] == 'prompt')}.",
+        f"# {info['title']}{'-LoRA' * adapter} of {base}",
+        f"A {info['kind']} {thing} {'for' if adapter else 'distilled from'} {base}, made with stepdistill: pictures in "
+        f"{_reach(steps)}{' without classifier-free guidance' * (info['takes'] == 'prompt')}.",
         f"```python\n{lines}\n```",
         "## Details",
         "\n".join(f"- {row}" for row in [*_sampling_rows(info), *_student_rows(info), *_origin_rows(info)]),
     ]
 
 
+def _reach(steps: list[int]) -> str:
+    """E.g. "1 to 8 steps"."""
+    return f"{steps[0]} to {steps[-1]} steps" if len(steps) > 1 else f"{steps[0]} step{'s' * (steps[0] > 1)}"
+
+
 def _sampling_rows(info: dict[str, Any]) -> list[str]:
-    counts, default = ", ".join(str(n) for n in info["steps"]), info["default_steps"]
-    rows = [f"steps: {counts} (timesteps of {default}: {info['timesteps'][str(default)]})"]
-    trained, scale = info["trained"], info["guidance_scale"]
-    low, high = trained["w_min"] + 1.0, trained["w_max"] + 1.0
+    counts, default = ", ".join(str(n) for n in info["steps"]), str(info["default_steps"])
+    what = "sigmas" if info["sigmas"] else "timesteps"
+    visited = ", ".join(f"{value:.6g}" for value in info[what][default])
+    rows = [f"steps: {counts} ({what} of {default}: [{visited}])"]
+    scale = info["guidance_scale"]
     if info["guidance_range"]:
+        low, high = info["guidance_range"]
         rows += [
             f"guidance_scale: {scale:g}, or another from {low:g} to {high:g}: the network reads it, and runs once a step "
             "whatever it is"
         ]
     elif info["takes"] == "prompt":
-        rows += [
-            f"guidance_scale: {scale:g} (up to 1.5 works too); the weights hold guidance w from {trained['w_min']:g} to "
-            f"{trained['w_max']:g}, a guidance_scale of {low:g} to {high:g} of the base model"
-        ]
+        rows += [f"guidance_scale: {scale:g}{info['guidance_note']}"]
     return rows
 
 

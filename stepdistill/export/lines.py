@@ -46,6 +46,8 @@ def _from_a_prompt(place: str, info: dict[str, Any], elsewhere: bool) -> list[st
     if not network:
         lines += [f"pipe.load_lora_weights({place})"]
     call = f'"PROMPT", num_inference_steps={info["default_steps"]}, guidance_scale={info["guidance_scale"]}'
+    if info["sigmas"]:
+        call += f", sigmas={info['sigmas'][str(info['default_steps'])]}"
     return [*lines, f"pipe.scheduler = {_scheduler(place, info)}", f"image = pipe({call}).images[0]"]
 
 

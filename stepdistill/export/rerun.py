@@ -7,7 +7,7 @@ and `export` are read one by one into the dataclasses they came from. Which meth
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,16 +17,48 @@ from torch import Tensor
 from ..config import CommaList
 from ..errors import InputError
 from ..families import Model, TeacherConfig, load
+from ..methods.guidance_distill import GuidanceDistill, GuidanceDistillConfig
 from ..methods.lcm import LCM, LCMConfig
+from ..methods.progressive import Progressive, ProgressiveConfig
 from ..networks.denoiser import Denoiser
 from ..networks.lora import StudentConfig
 from ..training.checkpoint import Checkpoint, CheckpointStore
+from ..training.state import join_state
 from .config import CONFIG, ExportConfig, read_config
 from .hub import check_hub, push
+from .lcm import lcm_sampling
+from .progressive import guidance_sampling, progressive_sampling
+from .sampling import Sampling
 from .student import export_student
 
-METHODS = {LCM.__name__: LCMConfig}
-PARSED: Mapping[str, Callable[[Any], Any]] = {"targets": CommaList.parse, "formats": CommaList.parse}
+
+@dataclass(frozen=True)
+class Exported:
+    """A method whose students are exported.
+
+    Attributes:
+        config: its options.
+        section: where config.yaml has them.
+        plan: (options, model, whether the student takes guidance, the method's state in the checkpoint) -> Sampling.
+    """
+
+    config: type[Any]
+    section: str
+    plan: Callable[[Any, Model, bool, Mapping[str, Any]], Sampling]
+
+
+def _rung(config: ProgressiveConfig, model: Model, takes: bool, state: Mapping[str, Any]) -> Sampling:
+    return progressive_sampling(config, model, state["ladder"][state["rung"] + 1], takes)
+
+
+METHODS = {
+    LCM.__name__: Exported(LCMConfig, "method", lambda config, model, takes, _: lcm_sampling(config, model, takes)),
+    Progressive.__name__: Exported(ProgressiveConfig, "method", _rung),
+    GuidanceDistill.__name__: Exported(
+        GuidanceDistillConfig, "guidance", lambda config, model, takes, _: guidance_sampling(config, model, takes)
+    ),
+}
+PARSED: Mapping[str, Callable[[Any], Any]] = dict.fromkeys(("targets", "formats", "rungs"), CommaList.parse)
 T = TypeVar("T")
 
 
@@ -51,25 +83,38 @@ def export_run(
     teacher_config = _section(TeacherConfig, sections, "teacher", teacher)
     student_config = _section(StudentConfig, sections, "student")
     export_config = _section(ExportConfig, sections, "export", export)
-    found = CheckpointStore(run / "checkpoints").find(checkpoint, strict=True)
-    if found is None:
-        raise InputError(
-            f"expected a checkpoint in {run / 'checkpoints'}, got none; train first, or name another run folder"
-        )
-    method = _section(method_class(sections, found.state), sections, "method")
+    found = find_checkpoint(run / "checkpoints", checkpoint)
+    how = exported(sections, found.state)
+    method = _section(how.config, sections, how.section)
     check_hub(export_config, folder)
     model = load(teacher_config)
     student = rebuilt(model, student_config, found)
-    export_student(folder, model, student, teacher_config, method, export_config, run)
+    state = join_state(found.tensors("method"), found.state.get("method", {}))
+    plan = how.plan(method, model, student.takes_guidance, state)
+    export_student(folder, model, student, teacher_config, plan, export_config, run)
     push(folder, export_config)
     return folder
 
 
-def method_class(sections: dict[str, Any], state: Mapping[str, Any]) -> type[LCMConfig]:
-    """The config class of the method that trained: the one the checkpoint names, else one that has the section's fields."""
+def find_checkpoint(folder: Path, which: str) -> Checkpoint:
+    """The checkpoint asked for, of all fits of a run; InputError where there is none, or it is damaged."""
+    fits = sorted(p for p in folder.glob("*") if p.is_dir() and not p.name.isdigit() and not p.name.startswith("."))
+    stores = [store for place in (folder, *fits) if (store := CheckpointStore(place)).steps()]
+    if which == "latest" and stores:
+        stores = [max(stores, key=lambda store: store.steps()[-1])]
+    elif which.isdecimal():
+        stores = [store for store in stores if int(which) in store.steps()][-1:] or stores[-1:]
+    found = (stores[-1] if stores else CheckpointStore(folder)).find(which, strict=True)
+    if found is None:
+        raise InputError(f"expected a checkpoint in {folder}, got none; train first, or name another run folder")
+    return found
+
+
+def exported(sections: dict[str, Any], state: Mapping[str, Any]) -> Exported:
+    """The method that trained: the one the checkpoint names, else one that has the section's fields."""
     name, keys = state.get("run", {}).get("method"), set(sections["method"] or {})
     if name is None:
-        fitting = [n for n, config in METHODS.items() if keys <= {f.name for f in fields(config)}]
+        fitting = [n for n, how in METHODS.items() if keys <= {f.name for f in fields(how.config)}]
         name = fitting[0] if fitting else f"one with the fields {', '.join(sorted(keys))}"
     if name not in METHODS:
         raise InputError(

@@ -1,19 +1,20 @@
-"""How a student is sampled: the stock scheduler that visits the times it was trained at, steps and guidance."""
+"""How a student is sampled: the stock scheduler that visits the times it was trained at, steps and guidance.
+
+A file a method builds it, and a recipe hands it to the export: :mod:`.lcm`, :mod:`.progressive`.
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from ..errors import InputError
 from ..families import Model
-from ..methods.lcm import LCMConfig
 
-LCM_SIGMA_DATA = 0.5  # LCMScheduler's, which no config field of it changes
-STEPS = (1, 2, 4, 8)
 GUIDANCE = 8.0  # of a student that is told it, where its training reaches so far
+TABLE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
 
 
 @dataclass(frozen=True)
@@ -21,17 +22,23 @@ class Sampling:
     """The sampling side of a method.
 
     Attributes:
-        method: its name, e.g. "lcm".
+        method: its name in files and tags, e.g. "lcm".
+        title: its name in a heading, e.g. "LCM".
+        kind: an adjective for a sentence, e.g. "latent-consistency".
         scheduler: a stock Diffusers scheduler, ready to be saved.
         steps: step counts the student is meant for.
         default_steps: the one that examples use.
-        timesteps: step count -> native timesteps that the scheduler visits.
+        timesteps: step count -> native timesteps that the scheduler visits; {} where sigmas say it.
         guidance_scale: what the pipeline is called with; 1.0 means no classifier-free guidance.
         guidance_range: what it may be called with, for a student that is told it; None for one that is not.
         trained: what the method was configured with.
+        guidance_note: what the card says after the guidance scale of a student that is not told it.
+        sigmas: step count -> noise levels, which the pipeline is called with; {} where the scheduler finds them by itself.
     """
 
     method: str
+    title: str
+    kind: str
     scheduler: Any
     steps: tuple[int, ...]
     default_steps: int
@@ -39,65 +46,30 @@ class Sampling:
     guidance_scale: float
     guidance_range: tuple[float, float] | None
     trained: dict[str, Any]
+    guidance_note: str = ""
+    sigmas: dict[str, list[float]] = field(default_factory=dict)
 
 
-def sampling(method: LCMConfig, model: Model, takes_guidance: bool = False) -> Sampling:
-    """The sampling of a student trained by `method` from `model`; `takes_guidance` as its :class:`Denoiser` has it."""
-    return lcm_sampling(method, model, takes_guidance)
+def told(w_min: float, w_max: float, takes_guidance: bool) -> tuple[float, tuple[float, float] | None]:
+    """(guidance_scale, guidance_range) of a student trained with w from w_min to w_max: 1.0 and None if it isn't told."""
+    if not takes_guidance:
+        return 1.0, None
+    reach = (w_min + 1.0, w_max + 1.0)
+    return min(max(GUIDANCE, reach[0]), reach[1]), reach
 
 
-def lcm_sampling(method: LCMConfig, model: Model, takes_guidance: bool = False) -> Sampling:
-    """LCMScheduler on the grid of the training (arXiv 2310.04378), without classifier-free guidance.
-
-    The student has learned that: an adapter all of the range it was trained on at once, one with a guidance input whichever
-    scale of the range it is given.
-
-    Raises InputError where LCMScheduler can't sample what is trained; call it before the training to know in time.
-    """
-    if method.sigma_data != LCM_SIGMA_DATA:
-        raise InputError(
-            f"expected sigma_data {LCM_SIGMA_DATA}, which LCMScheduler samples with, got {method.sigma_data}; fix "
-            "--method.sigma_data"
-        )
-    scheduler = _lcm_scheduler(method, model)
-    grid = set(_grid(method.num_ddim_timesteps, scheduler.config["num_train_timesteps"]))
-    steps = tuple(n for n in STEPS if n <= method.num_ddim_timesteps)
-    timesteps: dict[str, list[int]] = {}
-    for count in steps:
-        scheduler.set_timesteps(count)
-        timesteps[str(count)] = [int(t) for t in scheduler.timesteps]
-        if off := [t for t in timesteps[str(count)] if t not in grid]:
-            raise InputError(
-                f"LCMScheduler visits {off} at {count} steps, which num_ddim_timesteps did not train; use 50"
-            )
-    reach = (method.w_min + 1.0, method.w_max + 1.0) if takes_guidance else None
-    scale = min(max(GUIDANCE, reach[0]), reach[1]) if reach else 1.0
-    return Sampling("lcm", scheduler, steps, min(4, steps[-1]), timesteps, scale, reach, asdict(method))
-
-
-def _grid(points: int, levels: int) -> list[int]:
-    return [(i + 1) * (levels // points) - 1 for i in range(points)]  # [19, 39, ..., 999] for 50 of 1000
-
-
-def _lcm_scheduler(method: LCMConfig, model: Model) -> Any:
-    from diffusers import LCMScheduler
-
+def table_fields(model: Model) -> dict[str, Any]:
+    """What a scheduler has to know of a noise table, from the teacher's scheduler."""
     config = model.pipeline().scheduler.config
-    keep = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
-    fields = {key: config[key] for key in (*keep, "rescale_betas_zero_snr") if config.get(key) is not None}
-    try:
-        scheduler = LCMScheduler(
-            **fields, original_inference_steps=method.num_ddim_timesteps, timestep_scaling=method.timestep_scaling
-        )
-    except NotImplementedError as error:
-        raise InputError(
-            f"expected a beta_schedule that LCMScheduler knows, got {config.get('beta_schedule')!r}; give `trained_betas` "
-            "in the teacher's scheduler config instead"
-        ) from error
+    return {key: config[key] for key in (*TABLE, "rescale_betas_zero_snr") if config.get(key) is not None}
+
+
+def check_table(scheduler: Any, model: Model) -> None:
+    """InputError unless a scheduler has the noise table of the training."""
     knots = (torch.arange(len(scheduler.alphas_cumprod), dtype=torch.float64) + 1.0) / len(scheduler.alphas_cumprod)
     trained = model.denoiser.schedule.alpha(knots) ** 2
     if not torch.allclose(scheduler.alphas_cumprod.double(), trained, rtol=1e-4, atol=1e-7):
         raise InputError(
-            "expected LCMScheduler to have the noise table of the training, got another; fix the teacher's scheduler"
+            f"expected {type(scheduler).__name__} to have the noise table of the training, got another; fix the teacher's "
+            "scheduler"
         )
-    return scheduler

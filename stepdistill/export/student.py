@@ -18,7 +18,6 @@ import torch
 from .. import __version__
 from ..errors import InputError
 from ..families import Model, TeacherConfig
-from ..methods.lcm import LCMConfig
 from ..networks.denoiser import Denoiser
 from .card import base_model, write_card
 from .config import ExportConfig
@@ -29,10 +28,10 @@ from .licence import licence
 from .lines import loading_lines
 from .lora import AdapterFile, diffusers_layout
 from .part import Part, component, files_of
-from .sampling import Sampling, sampling
+from .sampling import Sampling
 from .verify import verify
 
-SCHEMA = 2
+SCHEMA = 3
 INDEX = "model_index.json"
 UNCONDITIONAL = "DDPMPipeline"  # also for DDIMPipelines, which put a DDIMScheduler in the place of any other
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -43,7 +42,7 @@ def export_student(
     model: Model,
     student: Denoiser,
     teacher: TeacherConfig,
-    method: LCMConfig,
+    plan: Sampling,
     config: ExportConfig | None = None,
     run: str | Path | None = None,
 ) -> Path:
@@ -57,16 +56,16 @@ def export_student(
         model: the teacher, opened.
         student: the network to export, with the weights it has now (enter `ema.applied()` for the average).
         teacher: which checkpoint `model` is, for the card and for a full verification.
-        method: what trained the student; it decides the scheduler, the steps and the guidance.
+        plan: how the student is sampled, from what trained it: scheduler, steps and guidance.
         config: dtype, formats and verification.
         run: where samples/ and table.md for the card lie, `folder` by default.
 
     Raises:
         ExportError: when what was written does not load back as the student.
-        InputError: when it can't be written, or the method's grid can't be sampled by a stock scheduler.
+        InputError: when it can't be written.
     """
     folder, config = Path(folder), config or ExportConfig()
-    plan, parts = sampling(method, model, student.takes_guidance), parts_of(model, student, teacher, config)
+    parts = parts_of(model, student, teacher, config)
     temp = folder / TEMP
     try:
         shutil.rmtree(temp, ignore_errors=True)
@@ -121,13 +120,17 @@ def facts(
     return {
         "schema": SCHEMA,
         "method": plan.method,
+        "title": plan.title,
+        "kind": plan.kind,
         "pipeline": UNCONDITIONAL if takes == "nothing" else type(model.pipeline()).__name__,
         "takes": takes,
         "steps": list(plan.steps),
         "default_steps": plan.default_steps,
         "timesteps": plan.timesteps,
+        "sigmas": plan.sigmas,
         "guidance_scale": plan.guidance_scale,
         "guidance_range": plan.guidance_range and list(plan.guidance_range),
+        "guidance_note": plan.guidance_note,
         "scheduler": type(plan.scheduler).__name__,
         "trained": plan.trained,
         "base_model": {

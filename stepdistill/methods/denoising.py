@@ -11,8 +11,7 @@ from torch import Tensor
 from ..batch import Batch, Cond
 from ..diffusion.losses import min_snr, mse
 from ..diffusion.prediction import coefficients, target
-from ..diffusion.schedule import Tabulated
-from ..diffusion.timesteps import logit_normal, uniform
+from ..diffusion.timesteps import logit_normal, trainable, uniform
 from ..errors import InputError
 from ..method import Losses, Method
 from ..networks.denoiser import Denoiser
@@ -55,9 +54,7 @@ class Denoising(Method):
             t = uniform(batch.rng.uniform("time"))
         else:
             t = logit_normal(batch.rng.normal("time", dtype=torch.float64).cpu())
-        if isinstance(self.schedule, Tabulated):
-            return (torch.floor(t * self.schedule.levels) + 1.0) / self.schedule.levels
-        return t.clamp(min=1e-5)
+        return trainable(t, self.schedule)
 
     def drop_prompts(self, batch: Batch) -> Cond:
         """`batch.cond` with a share of samples replaced by `batch.uncond`."""

@@ -13,9 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..batch import Batch, Cond, concat
+from ..batch import Batch, Cond
 from ..diffusion.boundary import lcm_scalings
-from ..diffusion.guidance import guide_w
 from ..diffusion.losses import mse, pseudo_huber
 from ..diffusion.prediction import Prediction
 from ..diffusion.schedule import Tabulated, expand
@@ -107,7 +106,7 @@ class LCM(Method):
         t, s = self.grid[k], self.grid[k + 1]  # t_{n+k} and t_n, one solver step apart
         w = uniform(rng.uniform("guidance"), self.config.w_min, self.config.w_max)
         x_t = self.schedule.add_noise(x0, rng.normal("noise", x0.shape[1:], x0.dtype), t)
-        told = {**cond, "guidance": w + 1.0} if self.student.takes_guidance else cond  # guidance_scale = w + 1
+        told = self.student.tell(cond, w)
 
         jump = self.consistency(x_t, t, self.student(x_t, t, told))
         with torch.no_grad():
@@ -128,12 +127,8 @@ class LCM(Method):
         torch._foreach_lerp_([average[name] for name in weights], list(weights.values()), 1.0 - self.decay)
 
     def guided(self, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond, w: Tensor) -> Prediction:
-        """The teacher's prediction with guidance w [B], conditional and unconditional half in one forward."""
-        if not uncond:
-            return self.teacher(x_t, t, cond)
-        both = self.teacher(torch.cat([x_t, x_t]), torch.cat([t, t]), concat(cond, uncond))
-        with_prompt, without = both.chunk(2)
-        return guide_w(with_prompt, without, w)  # section 4.2, on x0 and on eps
+        """The teacher's prediction with guidance w [B] (section 4.2)."""
+        return self.teacher.guide(x_t, t, cond, uncond, w)
 
     def consistency(self, x: Tensor, t: Tensor, prediction: Prediction) -> Tensor:
         """f(x, t) = c_skip x + c_out x0_hat (section 4.1), which is x itself at the end of the grid."""

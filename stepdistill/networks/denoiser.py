@@ -10,7 +10,8 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from ..batch import Cond
+from ..batch import Cond, concat
+from ..diffusion.guidance import guide_w
 from ..diffusion.prediction import Kind, Prediction, read
 from ..diffusion.schedule import NoiseSchedule
 from ..errors import InputError
@@ -57,6 +58,21 @@ class Denoiser(Network, ABC):
     def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
         """The prediction at x_t [B, ...], t [B] float64 on the CPU."""
         return read(self.predicts, self.schedule, self.output(x_t, t, cond), x_t, t)
+
+    def tell(self, cond: Cond, w: Tensor) -> Cond:
+        """`cond` with the guidance w [B] where this network has an input for it; it takes the guidance_scale, w + 1."""
+        return {**cond, "guidance": w + 1.0} if self.takes_guidance else cond
+
+    def guide(self, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond, w: Tensor) -> Prediction:
+        """The prediction with classifier-free guidance w [B] on x0 and on eps, both halves in one forward.
+
+        Plain where `uncond` is {}, as it is for unconditional models.
+        """
+        if not uncond:
+            return self(x_t, t, cond)
+        both = self(torch.cat([x_t, x_t]), torch.cat([t, t]), concat(cond, uncond))
+        with_prompt, without = both.chunk(2)
+        return guide_w(with_prompt, without, w)
 
     def checkpoint_activations(self, wanted: bool = True) -> None:
         """If `wanted`, trades compute for memory: activations are computed again in backward. InputError if it can't be."""

@@ -19,6 +19,7 @@ from ..data.order import DataSet
 from ..errors import InputError
 from ..method import Method, Phase
 from ..networks.ema import EMA
+from ..networks.network import Network
 from ..randomness import derived_seed
 from .batches import Batches
 from .checkpoint import CheckpointStore
@@ -47,12 +48,11 @@ class Fit:
         self.nonfinite = NonFinite(self.config.on_nonfinite == "skip", trainer.is_main)
         self.first = self.start = trainer.step  # the global steps at which the fit and the round began
         self.round = 0
-        self.networks = method.networks()
+        self.networks: dict[str, Network] = {}
+        self.meet_networks()
         trained = {role for phase in method.phases() for role in phase.trains}
         if trained - self.networks.keys():
             raise ValueError(f"expected phases that train some of {sorted(self.networks)}, got {sorted(trained)}")
-        for network in self.networks.values():
-            network.module.to(trainer.device)
         # before roles and averages are made of the parameters, which this may replace
         self.parallel = sharing(self.config.parallel, method, trained, self.accelerator)
         self.roles = {
@@ -65,6 +65,12 @@ class Fit:
         self.metrics = MetricsLog(trainer.folder / "metrics.jsonl", trainer.is_main)
         self.trackers: Trackers | None = None
         self.saved_at: tuple[int, int] | None = None
+
+    def meet_networks(self) -> None:
+        """Takes in the method's networks, on this run's device; a later round may have more of them than the first."""
+        known, self.networks = self.networks, self.method.networks()
+        for name in self.networks.keys() - known.keys():
+            self.networks[name].module.to(self.trainer.device)
 
     def _new_ema(self) -> EMA | None:
         if self.config.ema_decay is None or "student" not in self.roles:
@@ -134,6 +140,7 @@ class Fit:
                     on_round(self.round)
             if not self.method.next_round():
                 return
+            self.meet_networks()
             self.round, self.start = self.round + 1, self.trainer.step
             for role in self.roles.values():
                 role.reset()

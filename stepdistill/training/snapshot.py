@@ -81,6 +81,9 @@ def restore(fit: Fit, checkpoint: Checkpoint) -> None:
                 f"expected {key} {state['run'][key]} as in {place}, got {now}; set it back (batch size, accumulation, "
                 "processes, data, steps of earlier fits), or start anew with another --output_dir"
             )
+    # first, since the networks that there are may depend on the round
+    fit.method.load_state_dict(join_state(checkpoint.tensors("method"), state["method"]))
+    fit.meet_networks()
     for name, network in fit.networks.items():
         copy_into(network.state(), checkpoint.tensors(name), f"{place}, {name}")
     for name, role in fit.roles.items():
@@ -90,7 +93,6 @@ def restore(fit: Fit, checkpoint: Checkpoint) -> None:
         fit.ema.updates = state["ema_updates"]
     if fit.accelerator.scaler is not None and "scaler" in state:
         fit.accelerator.scaler.load_state_dict(state["scaler"])
-    fit.method.load_state_dict(join_state(checkpoint.tensors("method"), state["method"]))
     fit.round, fit.start, fit.trainer.step = state["round"], state["round_start"], checkpoint.step
     fit.nonfinite.skipped, fit.nonfinite.in_a_row = state["left_out"]
     fit.saved_at = (fit.round, checkpoint.step)

@@ -5,7 +5,15 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from stepdistill.diffusion.losses import min_snr, mse, pseudo_huber, pseudo_huber_norm, snr_plus_one, truncated_snr
+from stepdistill.diffusion.losses import (
+    min_snr,
+    mse,
+    pseudo_huber,
+    pseudo_huber_norm,
+    snr_plus_one,
+    truncated_snr,
+    x0_weight,
+)
 from stepdistill.diffusion.prediction import target
 from stepdistill.diffusion.schedule import NoiseSchedule
 
@@ -68,3 +76,12 @@ def test_min_snr() -> None:
     snr = torch.tensor([0.0, 2.0, 5.0, 80.0, math.inf])
     assert min_snr(snr).tolist() == [0.0, 2.0, 5.0, 5.0, 5.0]
     assert min_snr(snr, 1.0).tolist() == [0.0, 1.0, 1.0, 1.0, 1.0]
+
+
+def test_weights_by_name() -> None:
+    snr = torch.tensor([0.0, 0.5, 4.0])
+    assert x0_weight("truncated_snr", snr).tolist() == [1.0, 1.0, 4.0]
+    assert x0_weight("snr+1", snr).tolist() == [1.0, 1.5, 5.0]
+    assert x0_weight("snr", snr).tolist() == [0.0, 0.5, 4.0]
+    with pytest.raises(ValueError, match=r"'truncated_snr', 'snr\+1', 'snr'\), got 'none'"):
+        x0_weight("none", snr)  # type: ignore[arg-type]

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from stepdistill.diffusion.prediction import KINDS, Kind, Prediction, coefficients, read, target
+from stepdistill.diffusion.prediction import KINDS, Kind, Prediction, coefficients, determines, read, target
 from stepdistill.diffusion.schedule import Cosine, Flow, NoiseSchedule, Tabulated
 
 TIMES = torch.tensor([0.003, 0.0304, 0.25, 0.5, 0.77, 0.998], dtype=torch.float64)
@@ -165,3 +165,24 @@ def test_programming_errors() -> None:
         Prediction(x0=torch.ones(1))
     with pytest.raises(ValueError, match="prediction kind"):
         coefficients("score", Flow(), TIMES)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_determined_is_known_beforehand(kind: Kind, schedule: NoiseSchedule) -> None:
+    x = torch.ones(1, 2, dtype=torch.float64)
+    for u in (0.0, 0.4, 1.0):
+        t = torch.full((1,), u, dtype=torch.float64)
+        prediction = read(kind, schedule, x, x, t)
+        try:
+            known = prediction.x0 is not None and prediction.eps is not None
+        except ValueError:
+            known = False
+        assert determines(kind, schedule, t).tolist() == [known]
+
+
+def test_which_kinds_determine_both_at_zero_terminal_snr() -> None:
+    one = torch.ones(1, dtype=torch.float64)
+    for zero in (Flow(), Cosine()):
+        assert {kind: bool(determines(kind, zero, one)) for kind in KINDS} == {
+            "eps": False, "x0": True, "v": True, "flow": True
+        }  # fmt: skip

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from stepdistill.diffusion.prediction import KINDS, Kind, Prediction, read, target
 from stepdistill.diffusion.schedule import Cosine, Flow, NoiseSchedule, Tabulated
-from stepdistill.diffusion.solver import ddim, multistep_consistency, sample
+from stepdistill.diffusion.solver import ddim, multistep_consistency, sample, x0_of_step
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False}
 DIFFUSERS_NAME: dict[Kind, str] = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
@@ -89,6 +89,22 @@ def test_one_step_that_lands_where_two_did(schedule: NoiseSchedule, numbers: tor
     (a_t, s_t), (a_s, s_s) = schedule.at(t, z_t), schedule.at(s, z_t)
     x_target = (z_s - s_s / s_t * z_t) / (a_s - s_s / s_t * a_t)
     assert_close(ddim(schedule, read("x0", schedule, x_target, z_t, t), s), z_s, rtol=0, atol=1e-14)
+
+
+def test_the_x0_of_a_step_gives_the_step_back(schedule: NoiseSchedule, numbers: torch.Generator) -> None:
+    x_t, x_s = (torch.randn(5, 2, dtype=torch.float64, generator=numbers) for _ in range(2))
+    t, s = torch.tensor([1.0, 1.0, 0.8, 0.5, 0.25]).double(), torch.tensor([0.75, 0.0, 0.35, 0.25, 0.0]).double()
+    x0 = x0_of_step(schedule, x_t, t, x_s, s)
+    assert_close(ddim(schedule, read("x0", schedule, x0, x_t, t), s), x_s, rtol=0, atol=1e-12)
+    at_the_end = schedule.alpha(torch.zeros(1).double()) * x0[[1, 4]]
+    assert_close(at_the_end, x_s[[1, 4]], rtol=0, atol=0)
+    if isinstance(schedule, Flow):
+        assert_close((x_t - x0) / t[:, None], (x_s - x_t) / (s - t)[:, None], rtol=0, atol=1e-12)
+    half, one = (v.expand(5) for v in torch.tensor([0.5, 1.0]).double())
+    for before, after in ((half, half), (half, one)):
+        with pytest.raises(ValueError, match=r"s < t, got t = \[0.5"):
+            x0_of_step(schedule, x_t, before, x_s, after)
+    assert x0_of_step(schedule, x_t.half(), t, x_s.half(), s).dtype == torch.float32
 
 
 def test_steps_to_the_ends_ask_only_for_what_they_need() -> None:

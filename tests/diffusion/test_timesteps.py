@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from stepdistill.diffusion.schedule import Flow
-from stepdistill.diffusion.timesteps import from_grid, logit_normal, shift, uniform
+from stepdistill.diffusion.schedule import Flow, Tabulated
+from stepdistill.diffusion.timesteps import from_grid, logit_normal, shift, trainable, uniform
 
 U = torch.linspace(0, 1, 10_001, dtype=torch.float64)[:-1]
 
@@ -51,3 +51,11 @@ def test_shift_multiplies_the_noise_to_signal_ratio() -> None:
     assert_close(shift(torch.tensor([0.0, 1.0]), 3.0), torch.tensor([0.0, 1.0]))
     with pytest.raises(ValueError, match="shift > 0"):
         shift(t, 0.0)
+
+
+def test_times_that_a_network_trains_at() -> None:
+    table = Tabulated(torch.tensor([0.9, 0.6, 0.25, 0.0], dtype=torch.float64))
+    times, counts = trainable(U, table).unique(return_counts=True)
+    assert times.tolist() == [0.25, 0.5, 0.75, 1.0] and counts.tolist() == [2500] * 4
+    assert_close(trainable(U, Flow())[1:], U[1:])
+    assert float(trainable(U, Flow())[0]) == 1e-5

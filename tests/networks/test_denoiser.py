@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 from students import inputs, look, opened
-from toys import EXACT, sd_table
+from toys import EXACT, recorded, sd_table
 
 from stepdistill.errors import InputError
-from stepdistill.families.analytic import Gaussian, LinearStudent
+from stepdistill.families.analytic import Gaussian, LinearStudent, TwoClass
 from stepdistill.networks.lora import LoraSpec, StudentConfig
 
 
@@ -88,3 +88,31 @@ def test_activation_checkpointing_where_there_is_none():
         InputError, match=r"Gaussian has no gradient checkpointing; drop --train\.gradient_checkpointing"
     ):
         network.checkpoint_activations()
+
+
+def test_a_network_is_told_the_guidance_scale_where_it_has_an_input_for_it():
+    network, w, cond = linear(), torch.tensor([0.0, 6.5]).double(), {"text": torch.ones(2, 1)}
+    assert network.tell(cond, w) is cond
+    network.takes_guidance = True
+    told = network.tell(cond, w)
+    assert told["guidance"].tolist() == [1.0, 7.5] and told["text"] is cond["text"] and "guidance" not in cond
+
+
+def test_guidance_is_one_forward_of_both_halves():
+    teacher = TwoClass((2.0, -1.0), 0.3, sd_table(), "v", uncond_mean=0.4)
+    label, w = torch.tensor([0, 1, 1]), torch.tensor([0.0, 1.0, 7.5]).double()
+    x_t, t = (
+        torch.randn(3, 2, generator=torch.Generator().manual_seed(0)).double(),
+        torch.tensor([1.0, 0.5, 0.2]).double(),
+    )
+    with recorded(teacher.module) as calls:
+        got = teacher.guide(x_t, t, {"label": label}, {"label": torch.full((3,), -1)}, w)
+    assert [len(inputs[0]) for inputs, _ in calls] == [6]
+    for i in range(3):
+        wanted = teacher.guided(int(label[i]), float(w[i]))(x_t[i : i + 1], t[i : i + 1], {})
+        torch.testing.assert_close(got.x0[i : i + 1], wanted.x0)
+        torch.testing.assert_close(got.eps[i : i + 1], wanted.eps)
+    with recorded(teacher.module) as calls:
+        plain = teacher.guide(x_t, t, {"label": label}, {}, w)
+    assert [len(inputs[0]) for inputs, _ in calls] == [3]
+    torch.testing.assert_close(plain.x0, teacher(x_t, t, {"label": label}).x0, **EXACT)

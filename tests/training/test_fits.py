@@ -15,6 +15,7 @@ from toys import (
     Regression,
     options,
     rows,
+    same,
     saved,
     stopping_after,
     train,
@@ -24,6 +25,7 @@ from toys import (
 from stepdistill.batch import Batch
 from stepdistill.errors import InputError
 from stepdistill.method import Losses, Method, Phase
+from stepdistill.networks.network import Network
 from stepdistill.training.config import TrainConfig
 from stepdistill.training.optimization import lr_factor
 from stepdistill.training.trainer import Trainer
@@ -84,6 +86,42 @@ def test_a_round_starts_afresh(tmp_path: Path) -> None:
     assert_close(
         {n.replace("teacher", "student"): v for n, v in weights(method).items() if "teacher" in n}, student, **EXACT
     )
+
+
+class Growing(Ladder):
+    """Its teacher, which is the student, becomes a network of its own at the end of the first round."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.teacher = self.student
+
+    def networks(self) -> dict[str, Network]:
+        return super().networks() if self.rung < 3 else {"student": self.student}
+
+    def next_round(self) -> bool:
+        if self.rung == 3:
+            self.teacher = self.student.frozen_copy()
+        return super().next_round()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        if self.rung < 3:
+            self.teacher = self.student.frozen_copy()
+
+
+def test_a_role_that_a_later_round_brings_is_saved_and_restored(tmp_path: Path) -> None:
+    changes = {"max_train_steps": 3, "checkpointing_steps": 2, "ema_decay": 0.5}
+    whole = train(tmp_path / "whole", Growing(), **changes)
+    for step in (2, 5, 9):
+        method = Growing()
+        with stopping_after(method, step, Killed.now), pytest.raises(Killed):
+            train(tmp_path / str(step), method, **changes)
+        roles = {name.split("/")[0] for name in saved(tmp_path / str(step))[0]} if step > 2 else set()
+        assert ("teacher" in roles) == (step > 2)
+        resumed = train(tmp_path / str(step), Growing(), resume_from_checkpoint="latest", **changes)
+        same(tmp_path / str(step), tmp_path / "whole")
+        assert_close(weights(resumed), weights(whole), **EXACT)
+    assert any(name.startswith("teacher/") for name in weights(whole))
 
 
 def test_fits_follow_each_other_and_finished_ones_are_skipped(tmp_path: Path) -> None:
