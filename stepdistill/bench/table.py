@@ -6,7 +6,7 @@ import csv
 import io
 from collections.abc import Callable, Sequence
 
-from .metrics import CLEAR
+from .metrics import CLEAR, ENOUGH
 from .quantities import ACCURACY, Quantity, quantity
 from .rows import FD, TEACHER, Quality, Results, Speed, Value
 from .verdict import answers
@@ -116,6 +116,11 @@ def legend(results: Results) -> list[str]:
         if keys:
             scores = ", ".join(_real(results, n, quantity(key)) for key in keys)
             lines.append(f"{n} real images score: {scores}.")
+        if n < ENOUGH * features.get("dim", 0):
+            lines.append(
+                f"N = {n} is fewer than {ENOUGH} images for each of the {features['dim']} dimensions of the features: distances "
+                "are mostly sampling noise, to be read against the floor only."
+            )
     if any(row.cell.model == TEACHER for row in results.quality):
         lines += [
             "x teacher's best: distance less the floor, over the teacher's lowest at this N less the floor. "

@@ -112,6 +112,12 @@ def test_a_column_is_there_if_something_was_measured_for_it() -> None:
     assert "real images score" not in nothing
 
 
+@pytest.mark.parametrize(("dim", "said"), [(10, False), (11, True)])
+def test_too_few_images_for_the_features_are_said(dim: int, said: bool) -> None:
+    text = markdown(results(row("teacher", 50, 20.0), protocol={"features": {"name": "f", "hash": "h", "dim": dim}}))
+    assert (f"N = 100 is fewer than 10 images for each of the {dim} dimensions" in text) == said
+
+
 def test_a_model_called_like_a_table_breaks_none() -> None:
     text = markdown(results(row("a|b\nc"), notes=["one\n\n# two"]))
     assert cells(text.replace("\\|", "/"))[2][0] == "a/b c"
