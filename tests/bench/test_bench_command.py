@@ -228,7 +228,7 @@ def test_the_demo_out_of_the_box(untrained: Path, tmp_path: Path, monkeypatch: p
     cli.main(["bench", "--teacher", "demo", *words])
     results = Results.read(tmp_path / "results.json")
     assert [(row.cell.model, row.cell.guidance) for row in results.quality] == [
-        ("teacher", 1.5), ("teacher", 2.0), ("untrained", 1.0),
+        ("teacher", 1.5), ("teacher", 1.5), ("untrained", 1.0),
     ]  # fmt: skip
     values = results.quality[0].values
     assert {"accuracy", "accuracy/first shape", "diversity"} < values.keys()
