@@ -46,7 +46,9 @@ class Benchmark:
     def __post_init__(self) -> None:
         counts = [*self.steps.ints(), *self.images.ints()]
         if len(self.steps) < 2 or not self.images or min(counts) < 1 or self.repeats < 0 or min(self.images.ints()) < 5:
-            raise InputError(f"expected two --steps or more, --images of at least 5 and no negative --repeats, got {self}")
+            raise InputError(
+                f"expected two --steps or more, --images of at least 5 and no negative --repeats, got {self}"
+            )
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,9 @@ def teacher() -> Any:
 def exact(model: Any, steps: int | None) -> tuple[float, float]:
     """Mean and standard deviation of the samples, by the formula; None for the perfect student's single step."""
     times = [torch.tensor([1.0 - i / (steps or 1)], dtype=torch.float64) for i in range(steps or 1)]
-    end = torch.zeros(1, dtype=torch.float64) if steps is None else model.schedule.time(torch.zeros(1))  # abar[0], as DDIM
+    end = (
+        torch.zeros(1, dtype=torch.float64) if steps is None else model.schedule.time(torch.zeros(1))
+    )  # abar[0], as DDIM
     if steps is None:
         gain = (model.variance(end) / model.variance(times[0])).sqrt()
     else:  # TRAPS: product of k(t -> u) = (a_u a_t s^2 + s_u s_t) / v_t
@@ -198,7 +202,11 @@ def main(parsed: Parsed[Benchmark]) -> None:
 
     options, found = parsed.recipe, list(rows(parsed.recipe))
     asked = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(options).items() if name != "output"}
-    protocol = {**asked, "data": f"N({MEAN:g}, {STD:g}^2)", "interval": "95 % bootstrap of the difference to the first row"}
+    protocol = {
+        **asked,
+        "data": f"N({MEAN:g}, {STD:g}^2)",
+        "interval": "95 % bootstrap of the difference to the first row",
+    }
     data = {"protocol": protocol, "environment": environment(), "rows": [asdict(row) for row in found]}
     Path(options.output).write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     print("\n".join(aligned(*spelled(found))))

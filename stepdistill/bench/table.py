@@ -118,8 +118,8 @@ def legend(results: Results) -> list[str]:
             lines.append(f"{n} real images score: {scores}.")
         if n < ENOUGH * features.get("dim", 0):
             lines.append(
-                f"N = {n} is fewer than {ENOUGH} images for each of the {features['dim']} dimensions of the features: distances "
-                "are mostly sampling noise, to be read against the floor only."
+                f"N = {n} is fewer than {ENOUGH} images for each of the {features['dim']} dimensions of the features: "
+                "distances are mostly sampling noise, to be read against the floor only."
             )
     if any(row.cell.model == TEACHER for row in results.quality):
         lines += [

@@ -46,7 +46,12 @@ def test_the_stock_scheduler_and_the_harness_give_the_formula(curve: ModuleType,
     flags = ["--steps", "50,4,1", "--images", "200", "--repeats", "2", "--output", str(path)]
     curve.main(parse(curve.Benchmark, flags))
     rows = json.loads(path.read_text())["rows"]
-    assert [(r["model"], r["steps"]) for r in rows] == [("teacher", 50), ("teacher", 4), ("teacher", 1), (curve.PERFECT, 1)]
+    assert [(r["model"], r["steps"]) for r in rows] == [
+        ("teacher", 50),
+        ("teacher", 4),
+        ("teacher", 1),
+        (curve.PERFECT, 1),
+    ]
     for row in rows:
         assert row["measured"] == pytest.approx(row["exact"], abs=1e-9)
     assert rows[0]["noisy"] == {} and rows[2]["noisy"]["200"]["told apart"] == 1.0
