@@ -89,9 +89,9 @@ def step_cost(path: Path) -> str:
     about, lines = _ratios(path)
     how = (
         f"LCM-LoRA of rank {about['rank']}, batch {about['batch']}; tiny, demo and wide are UNets in the demo's pipeline. "
-        "Steps of both sides take turns in one process; ratios are medians over pairs. Peak memory is what comes on top of imports, "
-        f"in processes of its own (torch {about['torch']}, accelerator {about['accelerator']}, {about['threads']} CPU thread, "
-        f"seed {about['seed']})."
+        "Steps of both sides take turns in one process; ratios are medians over pairs. Peak memory is what comes on top of "
+        f"imports, in processes of its own (torch {about['torch']}, accelerator {about['accelerator']}, "
+        f"{about['threads']} CPU thread, seed {about['seed']})."
     )
     return "\n".join([*lines, "", how])
 

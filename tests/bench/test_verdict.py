@@ -160,7 +160,8 @@ def test_answers_of_a_whole_sweep() -> None:
         "distance +3.3 % (95 % interval -8.8 % to +15 %), 15.0x faster; 1 and 2 steps distinguishable"
     )
     assert found[1].headline == (
-        "progressive: distinguishable from the teacher at 50 steps at N = 1,200, and worse: 1, 2, 4 and 8 steps"
+        "progressive: distinguishable from the teacher at 50 steps at N = 1,200, and worse: 1, 2, 4 and 8 steps; "
+        "the nearest is 8 steps at guidance 1: distance +20 % (95 % interval +7.2 % to +33 %), 9.5x faster"
     )
     assert [v.cell.steps for v in found[0].verdicts] == [8, 4, 2, 1]
     assert all(v.cell.steps < 50 for v in found[2].verdicts)  # at its own steps the teacher is no shortcut
