@@ -69,7 +69,9 @@ def main(parsed: Parsed[Benchmark]) -> None:
         name = f"{STUDENT}, seed {seed}"
         students += [replace(r, cell=replace(r.cell, model=name)) for r in found.quality if r.cell.model == STUDENT]
         speed += [replace(s, cell=replace(s.cell, model=name)) for s in found.speed if s.cell.model == STUDENT]
-    lowest = [found.best(options.images, steps) for steps in sorted({r.cell.steps for r in found.quality}, reverse=True)]
+    lowest = [
+        found.best(options.images, steps) for steps in sorted({r.cell.steps for r in found.quality}, reverse=True)
+    ]
     teachers = [row for row in lowest if row is not None]
     shown = [s for s in found.speed if s.cell in {row.cell for row in teachers}]
     notes = [f"{TEACHER}: of each number of steps the guidance of the lowest distance.", *found.notes]

@@ -1,13 +1,14 @@
-"""Writes the README's tables from benchmarks/results, so that no figure there was typed.
+"""Writes the tables of README.md and docs/ from benchmarks/results, so that no figure there was typed.
 
-python benchmarks/table.py                               # from the results files that are there
-python benchmarks/table.py --take out/demo/results.json  # keep a run's results as the demo's first
+python benchmarks/table.py                                 # from the results files that are there
+python benchmarks/table.py --take out/bench/results.json   # keep a sweep of the demo as the README's first
 """
 
 import argparse
 import json
-import shutil
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,62 +16,136 @@ from stepdistill.bench.rows import Results
 from stepdistill.bench.table import aligned, markdown
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "demo_lcm_lora.json"
-STEP_COST = RESULTS.with_name("step_cost.json")
-BEGIN, END = "<!-- results: written by benchmarks/table.py -->", "<!-- end of results -->"
-COST_BEGIN, COST_END = "<!-- step cost: written by benchmarks/table.py -->", "<!-- end of step cost -->"
+RESULTS = Path("benchmarks") / "results"
+SWEEP = RESULTS / "demo_bench.json"
 
 
-def section(results: Results) -> str:
-    """The table with what is needed to read it: the machine and where the numbers lie."""
-    about = results.environment
-    machine = ", ".join(f"{name} {about[name]}" for name in ("torch", "diffusers") if name in about)
-    where = f"From `{RESULTS.relative_to(ROOT)}` ({machine}; CPU threads: {about.get('threads', '?')})."
-    return f"{markdown(results).strip()}\n\n{where}"
+@dataclass(frozen=True)
+class Block:
+    """A part of a document, between two comments.
+
+    Attributes:
+        document: its path in the repository.
+        name: in the comments.
+        source: the results file, in the repository.
+        written: text from that file.
+    """
+
+    document: str
+    name: str
+    source: Path
+    written: Callable[[Path], str]
+
+    @property
+    def begin(self) -> str:
+        """The comment before it."""
+        return f"<!-- {self.name}: written by benchmarks/table.py -->"
+
+    @property
+    def end(self) -> str:
+        """The comment after it."""
+        return f"<!-- end of {self.name} -->"
+
+    def write(self, root: Path) -> None:
+        """Puts the text between the comments; without them, or without the results, a line on stderr says so."""
+        path, source = root / self.document, root / self.source
+        if not source.is_file():
+            print(f"{self.source} is not there: {self.name} in {self.document} stays as it is", file=sys.stderr)
+            return
+        before, found, rest = path.read_text(encoding="utf-8").partition(self.begin)
+        _, closed, after = rest.partition(self.end)
+        if not (found and closed):
+            print(f"{self.document} lacks {self.begin} ... {self.end}: this part is not written", file=sys.stderr)
+            return
+        text = f"{before}{self.begin}\n\n{self.written(source).strip()}\n\nFrom `{self.source}`.\n\n{self.end}{after}"
+        path.write_text(text, encoding="utf-8")
 
 
-def step_cost(results: dict[str, Any]) -> str:
-    """The table of what benchmarks/step_cost.py measured, and how to read it."""
-    head = ["ours / theirs", "network", "quantity", "ratio", "95 % interval", "ours", "theirs", "pairs"]
-    lines = aligned(head, [_cost_cells(row) for row in results["rows"]])
-    about, protocol = results["environment"], results["protocol"]
-    how = (
-        f"LCM-LoRA of rank {protocol['rank']}, batch {protocol['batch']}; tiny, demo and wide are UNets in the demo's "
-        "pipeline. Steps of both sides take turns in one process; ratios are medians over pairs. Peak memory is what comes on "
-        f"top of imports, in processes of its own. From `{STEP_COST.relative_to(ROOT)}` (torch {about['torch']}, accelerator "
-        f"{about['accelerator']}, {about['threads']} CPU thread, seed {protocol['seed']})."
-    )
-    return "\n".join([*lines, "", how])
+def results_table(path: Path) -> str:
+    """The table of a sweep, with what is needed to read it."""
+    return markdown(Results.read(path))
 
 
-def _cost_cells(row: dict[str, Any]) -> list[str]:
-    timed = row["quantity"].endswith("time")
-    ours, theirs = (f"{v * 1e3:.1f} ms" if timed else f"{v / 2**20:.1f} MiB" for v in row["values"])
+def _ratios(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """The protocol and the lines of a table of ratios; the environment's facts are in the protocol too."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    head = ["ours / theirs", "of", "quantity", "ratio", "95 % interval", "ours", "theirs", "pairs"]
+    return {**data["environment"], **data["protocol"]}, aligned(head, [_ratio_cells(row) for row in data["rows"]])
+
+
+def _ratio_cells(row: dict[str, Any]) -> list[str]:
+    ours, theirs = (_amount(row["quantity"], value) for value in row["values"])
     interval = "" if row["interval"] is None else "[{:.3f}, {:.3f}]".format(*row["interval"])
     return [row["what"], row["network"], row["quantity"], f"{row['ratio']:.3f}", interval, ours, theirs, str(row["n"])]
 
 
-def replaced(text: str, begin: str, end: str, body: str) -> str:
-    """`text` with `body` between two markers; without the markers as it was, and a line on stderr that says so."""
-    before, found, rest = text.partition(begin)
-    _, closed, after = rest.partition(end)
-    if not (found and closed):
-        print(f"README.md lacks {begin} ... {end}: this part is not written", file=sys.stderr)
-        return text
-    return f"{before}{begin}\n\n{body}\n\n{end}{after}"
+def _amount(quantity: str, value: float) -> str:
+    """Milliseconds or MiB."""
+    return f"{value * 1e3:.1f} ms" if "time" in quantity else f"{value / 2**20:.1f} MiB"
+
+
+def step_cost(path: Path) -> str:
+    """What benchmarks/step_cost.py measured, and how to read it."""
+    about, lines = _ratios(path)
+    how = (
+        f"LCM-LoRA of rank {about['rank']}, batch {about['batch']}; tiny, demo and wide are UNets in the demo's pipeline. "
+        "Steps of both sides take turns in one process; ratios are medians over pairs. Peak memory is what comes on top of "
+        f"imports, in processes of its own (torch {about['torch']}, accelerator {about['accelerator']}, "
+        f"{about['threads']} CPU thread, seed {about['seed']})."
+    )
+    return "\n".join([*lines, "", how])
+
+
+def metric_cost(path: Path) -> str:
+    """What benchmarks/metric_cost.py measured, and how to read it."""
+    about, lines = _ratios(path)
+    how = (
+        f"Float64, {about['threads']} CPU thread, torch {about['torch']}, torchmetrics {about['torchmetrics']}. Memory is what "
+        "comes on top of one batch of features, in processes of its own; times are taken in turns in one process, from "
+        "features to their distance from fixed moments."
+    )
+    return "\n".join([*lines, "", how])
+
+
+def curve(path: Path) -> str:
+    """What benchmarks/steps_vs_quality.py measured, and how to read it."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    rows, first = data["rows"], data["rows"][0]
+    sizes = list(dict.fromkeys(n for row in rows for n in row["noisy"]))
+    head = ["model", "steps", "by formula", "measured", *(f"right, told apart at N = {n}" for n in sizes)]
+    cells = [
+        [row["model"], str(row["steps"]), f"{row['exact']:.4f}", f"{row['measured']:.4f}"]
+        + [
+            "{holds the truth:.1%}, {told apart:.1%}".format_map(row["noisy"][n]) if n in row["noisy"] else ""
+            for n in sizes
+        ]
+        for row in rows
+    ]
+    how = (
+        f"Squared W2 to the data, {data['protocol']['data']}. Right: the share of {data['protocol']['repeats']} repetitions in "
+        f"which the 95 % interval of the difference to {first['model']}, {first['steps']} steps holds the true one. Told "
+        "apart: in which it does not hold 0."
+    )
+    return "\n".join([*aligned(head, cells), "", how])
+
+
+BLOCKS = (
+    Block("README.md", "results", SWEEP, results_table),
+    Block("README.md", "step cost", RESULTS / "step_cost.json", step_cost),
+    Block("docs/demo.md", "three seeds", RESULTS / "demo_lcm_lora.json", results_table),
+    Block("docs/guides/how_many_steps.md", "curve", RESULTS / "steps_vs_quality.json", curve),
+    Block("docs/guides/how_many_steps.md", "metric cost", RESULTS / "metric_cost.json", metric_cost),
+)
 
 
 def main(args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--take", type=Path, help="a run's results.json to keep as the demo's results file first")
+    parser.add_argument("--take", type=Path, help="a results.json of stepdistill bench to keep as the README's first")
     take = parser.parse_args(args).take
-    if take is not None:
-        Results.read(take)  # what can't be read is not kept
-        shutil.copyfile(take, RESULTS)
-    readme = ROOT / "README.md"
-    text = replaced(readme.read_text(encoding="utf-8"), BEGIN, END, section(Results.read(RESULTS)))
-    text = replaced(text, COST_BEGIN, COST_END, step_cost(json.loads(STEP_COST.read_text(encoding="utf-8"))))
-    readme.write_text(text, encoding="utf-8")
+    if take is not None:  # without the numbers of each image, which are many
+        replace(Results.read(take), samples={}).write(ROOT / SWEEP)
+    for block in BLOCKS:
+        block.write(ROOT)
 
 
 if __name__ == "__main__":

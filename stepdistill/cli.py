@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a command. Exits with 2 for bad input; with 1 for a broken export, or what doctor or bench found."""
     options = vars(_parser().parse_args(arguments))
     command = options.pop("command")
+    warnings.formatwarning = _warning
     try:
         command(options)
     except (InputError, ExportError) as error:
         fail(error)
+
+
+def _warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> str:
+    """One line: where in the code it was raised says nothing to who typed a command."""
+    return f"{category.__name__}: {message}\n"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -8,19 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from students import opened, student_of
+from tiny import tiny_images, tiny_pipeline
 from torch import Tensor
 
 from stepdistill.bench.contenders import Contender, open_contenders
 from stepdistill.bench.features import Images, checked_images
 from stepdistill.bench.plan import Plan
 from stepdistill.bench.rows import TEACHER, Cell
-from stepdistill.bench.sweep import Job
+from stepdistill.bench.sweep import Job, Sweep
 from stepdistill.export.student import export_student
 from stepdistill.families import TeacherConfig
 from stepdistill.families.loading import DEMO_TEACHER
 from stepdistill.methods.lcm import LCMConfig
+from stepdistill.randomness import generator
+from stepdistill.training.folder import LOCK
 
 PROMPTS = tuple(f"{letter} {other}" for letter in "abcde" for other in "xy")
 STEPS = (2, 1)
@@ -65,8 +69,16 @@ def teacher_of(folder: Path) -> Contender:
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    """Everything under a folder."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    """Everything under a folder, but the lock of whoever was there last."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != LOCK]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+def drawn(self: Contender, cell: Cell, prompts: Sequence[str], plan: Plan, start: int = 0) -> Images:
+    """In place of a pipeline's, where it doesn't matter what the images show: noise of the cell and the index."""
+    return np.stack(
+        [generator(cell.slug, start + i).integers(256, size=(8, 8, 3), dtype=np.uint8) for i in range(len(prompts))]
+    )
 
 
 def demo_student(folder: Path) -> Path:
@@ -77,3 +89,52 @@ def demo_student(folder: Path) -> Path:
         for parameter in student.trainable():
             parameter.mul_(0.1)
     return export_student(folder, model, student, TeacherConfig("demo"), LCMConfig(num_ddim_timesteps=20))
+
+
+def swept(folder: Path, jobs: list[Job], plan: Plan | None = None, **options: Any) -> Sweep:
+    sweep = sweep_in(folder, plan, **options)
+    sweep.run(jobs, progress=False)
+    return sweep
+
+
+def sweep_in(folder: Path, plan: Plan | None = None, **options: Any) -> Sweep:
+    return Sweep(folder, plan or small_plan(), Corners(), {"accuracy": Greens()}, **{"kept": 5, **options})
+
+
+class Killed(BaseException):
+    """As a signal would."""
+
+
+def dying(monkeypatch: pytest.MonkeyPatch, after: int) -> list[tuple[Cell, int]]:
+    """Lets so many batches be made, then dies inside the next; a list of those that were begun."""
+    original, calls = Contender.images, list[tuple[Cell, int]]()
+
+    def images(self: Contender, cell: Cell, prompts: Any, plan: Plan, start: int = 0) -> Any:
+        calls.append((cell, start))
+        if len(calls) > after:
+            raise Killed
+        return original(self, cell, prompts, plan, start)
+
+    monkeypatch.setattr(Contender, "images", images)
+    return calls
+
+
+COUNT = 12  # prompts of bench_place
+
+
+def bench_place(folder: Path) -> Path:
+    """Fills a folder with a teacher, a student of it, prompts and photos."""
+    base = tiny_pipeline(folder / "sd")
+    model = opened(base)
+    export_student(folder / "lcm", model, student_of(model), TeacherConfig(str(base)), LCMConfig())
+    tiny_images(folder / "photos", count=30)
+    (folder / "prompts.txt").write_text("".join(f"thing {i}\n" for i in range(COUNT)))
+    return folder
+
+
+def bench_words(place: Path, output: Path, *more: str, **changes: Any) -> list[str]:
+    """Flags of a small sweep in such a folder; `changes` are paths, in it or absolute."""
+    options = {"teacher": "sd", "student": "lcm", "prompts": "prompts.txt", "data": "photos", **changes}
+    words = [f"--{name}={place / value}" for name, value in options.items()]
+    words += ["--steps=2,1", "--teacher_steps=3", "--teacher_guidance=3", "--batch_size=5", f"--output_dir={output}"]
+    return ["bench", *words, "--diversity_prompts=2", "--diversity_images=2", *more]

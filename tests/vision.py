@@ -68,6 +68,10 @@ def build(name: str) -> Any:
             t.ConvNextModel,
             lambda: t.ConvNextConfig(hidden_sizes=[8, 8, 8, 16], depths=[1] * 4, image_size=SIDE),
         ),
+        "resnet": (
+            t.ResNetModel,
+            lambda: t.ResNetConfig(embedding_size=8, hidden_sizes=[8, WIDTH], depths=[1, 1], layer_type="basic"),
+        ),
         "masked": (t.ViTMAEModel, lambda: t.ViTMAEConfig(**SEES)),
         "tokenless": (t.IJepaModel, lambda: t.IJepaConfig(**SEES)),
         "text": (t.CLIPTextModel, lambda: t.CLIPTextConfig(**text)),
@@ -82,12 +86,15 @@ def build(name: str) -> Any:
                     value.mul_(5)
                 elif "lambda" in key or "layer_scale" in key:  # layers that start switched off
                     value.fill_(1)
+            for key, value in model.named_buffers():
+                if "running_" in key:  # of batches of training, which there were none of
+                    value.copy_(torch.rand(value.shape) + 0.5)
     return model
 
 
-def tokenizer() -> Any:
+def tokenizer(characters: str = CHARACTERS) -> Any:
     """CLIP's, one letter a token."""
     from transformers import CLIPTokenizer
 
-    words = [*CHARACTERS, *(c + "</w>" for c in CHARACTERS), "<|startoftext|>", "<|endoftext|>"]
+    words = [*characters, *(c + "</w>" for c in characters), "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=[], model_max_length=LENGTH)

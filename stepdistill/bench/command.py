@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from .extractors import open_features
 from .features import FeatureExtractor, Images
 from .fit import Line, fit_line
 from .grid import picture_grid
+from .infinity import SMALLEST
 from .judge import Judge
 from .options import BenchOptions
 from .plan import Plan
@@ -34,12 +38,15 @@ from .scores import ClipScore, JudgeAccuracy, Scorer
 from .speed import speeds
 from .sweep import KEPT, Job, Sweep
 from .table import markdown, to_csv
+from .writing import writing
 from .yardstick import SOURCE, Yardstick
 
 SHIPPED = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "demo_reference.safetensors"
 REFERENCE = "reference.safetensors"  # in the output folder
 SHOWN = 8  # prompts in the grid
 CLIP = "clip_score"
+LEAST = 2 * SMALLEST  # images to extrapolate from
+PATIENCE = timedelta(days=7)  # of processes that wait for others, which may be downloading
 
 
 @dataclass(frozen=True)
@@ -58,13 +65,14 @@ def bench(options: BenchOptions) -> Results | None:
 
     Writes results.json, results.csv, results.md, report.html and grid.png into the output folder. Raises InputError.
     """
-    state = PartialState(cpu=not torch.accelerator.is_available())
+    state = _processes()
     opened = _open(options, state.device)
-    jobs, folder = cells(options, opened.contenders), Path(options.output_dir)
-    measure = None
+    jobs, folder = cells(options, opened.contenders), Path(options.output_dir).expanduser()
+    real: Callable[[], Reference] | None = None
     if state.is_main_process:
-        reference = _reference(options.data, opened.features, opened.resolution, len(opened.plan.prompts), folder)
-        measure = Measure(reference, options.seed, options.metrics, RESAMPLES)
+        real = _reference(options.data, opened.features, opened.resolution, len(opened.plan.prompts), folder)
+        for note in _beyond(jobs):
+            warnings.warn(note, stacklevel=2)
     sweep = Sweep(
         folder,
         opened.plan,
@@ -76,6 +84,8 @@ def bench(options: BenchOptions) -> Results | None:
         world=state.num_processes,
         wait=state.wait_for_everyone,
     )
+    sweep.claim(jobs)
+    measure = None if real is None else Measure(real(), options.seed, options.metrics, RESAMPLES)
     samples = sweep.run(jobs)
     if measure is None:
         return None
@@ -89,14 +99,20 @@ def bench(options: BenchOptions) -> Results | None:
     return results
 
 
+def _processes() -> PartialState:
+    return PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
+
+
 def _open(options: BenchOptions, device: torch.device) -> Opened:
-    contenders = open_contenders(options.teacher, options.students, options.dtype, options.variant, device)
-    tokenizer = contenders[0].pipe.components.get("tokenizer")
-    prompts = read_prompts(options.prompts, options.num_images, tokenizer)
+    prompts = read_prompts(options.prompts, options.num_images)  # first: models take longer to open
+    if "fd_infinity" in options.metrics and len(prompts) < LEAST:
+        raise InputError(f"expected {LEAST} --prompts or more for --metrics fd_infinity, got {len(prompts)}; give more")
     source = SOURCE if options.prompts == "demo" else options.prompts
     plan = Plan(tuple(prompts), source, options.seed, options.diversity, options.batch_size, options.resolution)
-    resolution = side_of(contenders[0], plan)
     features = open_features(options.features, device=device)
+    contenders = open_contenders(options.teacher, options.students, options.dtype, options.variant, device)
+    read_prompts(options.prompts, options.num_images, contenders[0].pipe.components.get("tokenizer"))  # too long ones
+    resolution = side_of(contenders[0], plan)
     features(np.zeros((1, resolution, resolution, 3), np.uint8))  # a wrong size is told now, not after the first images
     scorers: dict[str, Scorer] = {}
     judge = Judge.load(DEMO_JUDGE)
@@ -123,22 +139,27 @@ def cells(options: BenchOptions, contenders: Sequence[Contender]) -> list[Job]:
     return list(dict(jobs).items())
 
 
-def _reference(data: str, features: FeatureExtractor, resolution: int, n: int, folder: Path) -> Reference:
-    """Of --data: from a file of statistics, or measured once and kept in the output folder."""
+def _beyond(jobs: Sequence[Job]) -> list[str]:
+    """Sentences on cells that students were not made for."""
+    return [note for cell, contender in jobs if (note := contender.note(cell))]
+
+
+def _reference(data: str, features: FeatureExtractor, resolution: int, n: int, folder: Path) -> Callable[[], Reference]:
+    """Of --data, which is opened now: read from a file of statistics, or, when called, measured and kept in the folder."""
     if data.endswith(".safetensors"):
-        return Reference.load(data, features)
+        found = Reference.load(Path(data).expanduser(), features)
+        return lambda: found
+    bar = _bar("real images")
     if data != "demo":
         images = DataImages(data)
-        return Reference.remembered(
-            folder / REFERENCE, features, images, resolution, images.held(n), _bar("real images")
-        )
+        return partial(Reference.remembered, folder / REFERENCE, features, images, resolution, images.held(n), bar)
     try:
-        found = Reference.load(SHIPPED, features)
-        if found.about["resolution"] == resolution:
-            return found
+        shipped = Reference.load(SHIPPED, features)
+        if shipped.about["resolution"] == resolution:
+            return lambda: shipped
     except InputError:
         pass
-    return Reference.remembered(folder / REFERENCE, features, WorldImages(), resolution, 0, _bar("real images"))
+    return partial(Reference.remembered, folder / REFERENCE, features, WorldImages(), resolution, 0, bar)
 
 
 def make_reference(path: str, data: str, features: str, resolution: int | None, n: int | None = None) -> Reference:
@@ -153,13 +174,14 @@ def make_reference(path: str, data: str, features: str, resolution: int | None, 
 
     Raises InputError.
     """
-    side = resolution or Judge.load(DEMO_JUDGE).resolution
-    device = PartialState(cpu=not torch.accelerator.is_available()).device
-    extractor = open_features(features, device=device)
+    side, state = resolution or Judge.load(DEMO_JUDGE).resolution, _processes()
+    if state.num_processes > 1:
+        raise InputError(f"expected one process for --make_reference, got {state.num_processes}; start it by itself")
+    extractor = open_features(features, device=state.device)
     images: Any = WorldImages() if data == "demo" else DataImages(data)
     held = 0 if data == "demo" else images.held(n)
     found = Reference.measure(extractor, images, side, held, progress=_bar("real images"))
-    found.save(path)
+    found.save(path, "--make_reference")
     return found
 
 
@@ -168,7 +190,7 @@ def _results(yardstick: Yardstick, sweep: Sweep, jobs: Sequence[Job], samples: S
     (first, _), own = jobs[0], sweep.images(jobs[0][0])
     rows: list[Quality] = []
     numbers: dict[str, dict[str, list[float]]] = {}
-    notes = [note for cell, contender in jobs if (note := contender.note(cell))]
+    notes = _beyond(jobs)
     for (cell, _), found in zip(jobs, samples, strict=True):
         pair: dict[str, Any] = {} if cell == first else {"teacher": samples[0], "images": (sweep.images(cell), own)}
         rows += yardstick.rows(cell, found, **pair)
@@ -215,20 +237,22 @@ def fits(results: Results) -> dict[str, Line]:
 
 
 def _write(folder: Path, results: Results, grid: dict[Cell, Images], prompts: Sequence[str]) -> None:
-    results.write(folder / "results.json")
-    (folder / "results.csv").write_text(to_csv(results), encoding="utf-8")
-    (folder / "results.md").write_text(markdown(results), encoding="utf-8")
-    picture_grid(folder / "grid.png", {str(cell): images for cell, images in grid.items()}, prompts)
-    write_report(folder / "report.html", results, grid, prompts, fits(results))
+    with writing(folder):
+        results.write(folder / "results.json")
+        (folder / "results.csv").write_text(to_csv(results), encoding="utf-8")
+        (folder / "results.md").write_text(markdown(results), encoding="utf-8")
+        picture_grid(folder / "grid.png", {str(cell): images for cell, images in grid.items()}, prompts)
+        write_report(folder / "report.html", results, grid, prompts, fits(results))
     print(f"{markdown(results)}\nreport: {folder / 'report.html'}")
 
 
 def _bar(what: str) -> Progress:
     """A bar on stderr that is told (done, of)."""
-    bar = tqdm(desc=what, mininterval=0.5)
+    bars: list[tqdm] = []  # one, once there is something to tell
 
     def move(done: int, total: int) -> None:
-        bar.total = total
+        bar = bars[0] if bars else tqdm(desc=what, total=total, mininterval=0.5)
+        bars[:] = [bar]
         bar.update(done - bar.n)
         if done == total:
             bar.close()

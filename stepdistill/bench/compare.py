@@ -7,7 +7,7 @@ values overlap, the values are called indistinguishable, and where there are non
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from .table import aligned, escaped
 
 SECONDS = Quantity("seconds", "s / image", "lower", note="median of calls")
 MACHINE = ("machine", "cpus", "threads", "accelerator")  # what seconds of two files must have in common
+MANY = 4  # cells that are named
 
 
 @dataclass(frozen=True)
@@ -96,15 +97,25 @@ class Comparison:
             [f"The protocols differ, so the numbers don't compare: {'; '.join(self.changed)}"] if self.changed else []
         )
         said += [f"The machines differ, so seconds don't compare: {'; '.join(self.machine)}"] if self.machine else []
-        said += [f"Only in the first: {', '.join(self.only_a)}"] if self.only_a else []
-        return said + ([f"Only in the second: {', '.join(self.only_b)}"] if self.only_b else [])
+        said += [f"Only in the first: {_some(self.only_a)}"] if self.only_a else []
+        return said + ([f"Only in the second: {_some(self.only_b)}"] if self.only_b else [])
 
     def text(self) -> str:
-        """Warnings, and a Markdown table of all pairs."""
+        """Warnings, and a Markdown table of all pairs that differ, single attributes of prompts left out."""
         head = ["model", "steps", "guidance", "N or batch", "quantity", "first", "second", "change", "second is"]
-        lines = aligned(head, [_cells(pair) for pair in self.pairs]) if self.pairs else ["No cell is in both files."]
+        shown = [pair for pair in self.pairs if "/" not in pair.key]
+        different = [pair for pair in shown if pair.verdict() != "equal"]
+        lines = aligned(head, [_cells(pair) for pair in different]) if different else []
+        if equal := len(shown) - len(different):
+            lines += [*([""] if lines else []), f"{equal} number{'s are' if equal > 1 else ' is'} equal in both files."]
         warned = [f"> {escaped(line)}" for line in self.warnings]
-        return "\n".join([*warned, *([""] if warned else []), *lines]) + "\n"
+        return "\n".join([*warned, *([""] if warned else []), *(lines or ["No cell is in both files."])]) + "\n"
+
+
+def _some(places: Sequence[str]) -> str:
+    """The first few of them."""
+    rest = len(places) - MANY
+    return ", ".join(places[:MANY]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _cells(pair: Pair) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 
 from ..errors import InputError
+from ..export.folder import FACTS
 from ..families import TeacherConfig
 from .features import Images, hash_weights
 from .generate import denoiser_of, generate, latent_shape
@@ -58,9 +60,18 @@ class Contender:
         for name in ("sigmas", "timesteps"):
             exact = self.facts.get(name, {}).get(str(steps))
             if exact is not None and (name == "sigmas" or self._visited(steps) != exact):
+                self._check_takes(name)
                 return {name: exact}
         self._visited(steps)
         return {}
+
+    def _check_takes(self, name: str) -> None:
+        for part in (type(self.pipe).__call__, self.pipe.scheduler.set_timesteps):
+            if name not in inspect.signature(part).parameters:
+                raise InputError(
+                    f"expected a pipeline and a scheduler that take the {name} that {FACTS} of --student {self.name} has, got "
+                    f"{type(self.pipe).__name__} and {type(self.pipe.scheduler).__name__}; write the export again"
+                )
 
     def _visited(self, steps: int) -> list[float] | None:
         """The scheduler's own timesteps; None where they depend on the size of the image."""
@@ -139,12 +150,12 @@ def weights_of(pipe: Any, known: dict[int, str]) -> str:
 
 
 def _unique(path: str, names: set[str]) -> str:
-    """The last part of a path, numbered where it is taken, as a name that is also one of a file."""
+    """The last part of a path, numbered where it is taken, as a name that is also one of a file, on any disk."""
     stem = Path(path).expanduser().resolve().name.replace(" ", "_")
     name, number = stem, 2
-    while name in names:
+    while name.casefold() in names:
         name, number = f"{stem}-{number}", number + 1
-    names.add(name)
+    names.add(name.casefold())
     return name
 
 

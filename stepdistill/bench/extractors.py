@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..families.loading import BROKEN, DEMO_JUDGE
-from .features import FeatureExtractor, Images, JudgeFeatures, checked_images, hash_weights
+from .features import FeatureExtractor, Images, JudgeFeatures, checked_images, hash_weights, to_levels
 from .judge import Judge
 from .preprocessing import Preprocessing
 from .towers import Tower
@@ -32,10 +32,12 @@ class VisionFeatures:
     2. `pooler_output` (DINOv2: the normalised CLS token; ConvNeXt: the mean over the picture; SigLIP: the attention pool);
     3. the CLS token of `last_hidden_state` (a ViT saved without its pooler, or as a classifier).
 
-    Of a model for images and text only the part for images is loaded.
+    Of a model for images and text only the part for images is loaded. A picture's feature doesn't depend on its
+    batch, to 1e-6 of its length.
 
     Args:
-        path: a folder that `save_pretrained` wrote, with its preprocessor_config.json, or a hub id.
+        path: a folder that `save_pretrained` wrote, with its preprocessor_config.json, or a hub id, of which `id@revision` is
+            a branch, tag or commit.
         batch_size: images a forward.
         device: where the network runs.
         flag: where the path was given, for messages.
@@ -43,6 +45,7 @@ class VisionFeatures:
     Raises:
         InputError: no checkpoint there, no vision model, weights or image settings missing, a model without any of the
             three features, or one that draws random numbers (masked autoencoders hide a part of the picture).
+        ValueError: batch_size < 1.
     """
 
     def __init__(self, path: str, batch_size: int = 32, device: str | torch.device = "cpu", flag: str = FLAG) -> None:
@@ -51,9 +54,9 @@ class VisionFeatures:
         self.name, self._batch_size, self._device = path, batch_size, torch.device(device)
         self.tower = Tower.find(path, flag)
         self.config = self.tower.config()
-        self.preprocessing = Preprocessing.read(self.tower.image_settings(), f"{flag} {path!r}", self.tower.fix)
+        self.preprocessing = Preprocessing.read(self.tower.image_settings(), str(self.tower), self.tower.fix)
         self.module = _load(self.tower, self.config).to(self._device)
-        self.weights_hash = hash_weights(self.module)
+        self.weights_hash = hash_weights(self.module, self.preprocessing.identity())
         self.dim = self._probe()
 
     def _probe(self) -> int:
@@ -66,18 +69,24 @@ class VisionFeatures:
             first, second = self(picture), self(picture)
         if not torch.equal(first, second):
             raise InputError(
-                f"expected the same features of the same image from {self.tower.flag} {self.name!r}, got others at each call "
+                f"expected the same features of the same image from {self.tower}, got others at each call "
                 f"(masked autoencoders hide a random part); {self.tower.fix}"
             )
         return int(first.shape[1])
 
     @torch.inference_mode()
     def __call__(self, images: Images) -> Tensor:
-        """Features [N, dim] float64 on the CPU of uint8 images [N, H, W, 3]; ValueError for images of another form."""
-        return torch.cat([self._pooled(part) for part in self._batches(images)])
+        """Features [N, dim] float64 on the CPU of uint8 images [N, H, W, 3].
+
+        Raises ValueError for images of another form, InputError for a size that a checkpoint without a resize doesn't take.
+        """
+        images = checked_images(images)
+        if self.preprocessing.resizes:
+            return torch.cat([self._pooled(part) for part in self._batches(images)])
+        with self.tower.explained(f"a vision model that takes images of {images.shape[1]}x{images.shape[2]}"):
+            return torch.cat([self._pooled(part) for part in self._batches(images)])
 
     def _batches(self, images: Images) -> Iterator[Tensor]:
-        images = checked_images(images)
         for start in range(0, len(images), self._batch_size):
             yield self.preprocessing(images[start : start + self._batch_size])
 
@@ -91,7 +100,7 @@ class VisionFeatures:
         names = [name.rsplit(".", 1)[-1] for name, _ in self.module.named_parameters()]
         if tokens is None or tokens.ndim != 3 or not {"cls_token", "class_embedding"} & set(names):
             raise InputError(
-                f"expected image_embeds, pooler_output or a CLS token from {self.tower.flag} {self.name!r}, got a "
+                f"expected image_embeds, pooler_output or a CLS token from {self.tower}, got a "
                 f"{type(self.module).__name__} without; {self.tower.fix}"
             )
         return tokens[:, 0].double().cpu()
@@ -110,7 +119,7 @@ def _load(tower: Tower, config: Any) -> Any:
     module, missing = tower.load(cls, "a vision model", config=config)
     if module.main_input_name != "pixel_values":
         raise InputError(
-            f"expected a vision model at {tower.flag} {tower.path!r}, got {type(module).__name__}, which reads "
+            f"expected a vision model at {tower}, got {type(module).__name__}, which reads "
             f"{module.main_input_name}; {tower.fix}"
         )
     if any(key.startswith("pooler.") for key in missing):
@@ -133,11 +142,14 @@ class InceptionFeatures:
     Raises:
         InputError: torch-fidelity or torchvision, which it needs, is not installed or doesn't fit this torch, or there are no
             weights and no network.
+        ValueError: batch_size < 1.
     """
 
     name, dim = "inception", 2048
 
     def __init__(self, batch_size: int = 32, device: str | torch.device = "cpu") -> None:
+        if batch_size < 1:
+            raise ValueError(f"expected batch_size >= 1, got {batch_size}; raise it")
         try:
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
         except (ImportError, RuntimeError, OSError) as error:  # RuntimeError: a torchvision made for another torch
@@ -161,18 +173,15 @@ class InceptionFeatures:
         images = checked_images(images)
         parts = [images[start : start + self._batch_size] for start in range(0, len(images), self._batch_size)]
         with torch.backends.cudnn.flags(**EXACT):
-            return torch.cat([self._net(self._levels(part))[0].double().cpu() for part in parts])
-
-    def _levels(self, images: Images) -> Tensor:
-        # a copy: an array that Pillow made is read-only, which `from_numpy` warns of
-        return torch.tensor(images, device=self._device).permute(0, 3, 1, 2).contiguous()
+            return torch.cat([self._net(to_levels(part).to(self._device))[0].double().cpu() for part in parts])
 
 
 def open_features(spec: str, judge: Judge | None = None, device: str | torch.device = "cpu") -> FeatureExtractor:
     """The extractor that --features names.
 
     Args:
-        spec: "demo" for the judge of the demo's world, "inception", or else a folder or hub id of a vision model.
+        spec: "demo" for the judge of the demo's world, "inception", or else a folder or hub id (`id@revision`) of a vision
+            model.
         judge: in place of the one that ships, for "demo".
         device: where networks run, but the judge, which is small.
 

@@ -37,7 +37,7 @@ class FeatureExtractor(Protocol):
 
     @property
     def weights_hash(self) -> str:
-        """`hash_weights` of the network."""
+        """Tells it from one that gives other features: by other weights, or of images that are resized otherwise."""
 
     def __call__(self, images: Images) -> Tensor:
         """Features [N, dim] float64 on the CPU of uint8 images [N, H, W, 3]."""
@@ -54,13 +54,21 @@ def checked_images(images: Images) -> Images:
     if images.ndim != 4 or images.shape[-1] != 3 or not images.size:
         raise ValueError(f"expected images [N, H, W, 3], got shape {images.shape}; move the channels last")
     if images.max() == 1:
-        raise ValueError("expected images in 0-255, got only 0 and 1; scale floats by 255 before the cast to uint8")
+        raise ValueError(
+            "expected images in 0-255, got only 0 and 1: floats that were cast (scale them by 255 first), or all but black "
+            "images; look at them"
+        )
     return images
+
+
+def to_levels(images: Images) -> Tensor:
+    """uint8 [N, H, W, 3] to uint8 [N, 3, H, W], a copy: arrays that Pillow made are read-only, flipped ones run backwards."""
+    return torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
 
 
 def to_pixels(images: Images) -> Tensor:
     """uint8 [N, H, W, 3] to float32 [N, 3, H, W] in [-1, 1]."""
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous()
+    return to_levels(images).float().div(127.5).sub(1)
 
 
 def to_images(pixels: Tensor) -> Images:
@@ -69,12 +77,13 @@ def to_images(pixels: Tensor) -> Images:
     return levels.permute(0, 2, 3, 1).to("cpu", torch.uint8).contiguous().numpy()
 
 
-def hash_weights(module: nn.Module) -> str:
-    """16 hex digits over all tensors of the state dict: names, dtypes, shapes and bytes."""
+def hash_weights(module: nn.Module, about: str = "") -> str:
+    """16 hex digits over all tensors of the state dict (names, dtypes, shapes and bytes), and what else there is to say."""
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         digest.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    digest.update(about.encode())
     return digest.hexdigest()[:16]
 
 

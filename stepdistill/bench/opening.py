@@ -17,6 +17,7 @@ from ..export.card import base_model
 from ..export.folder import FACTS, read_facts
 from ..families import TeacherConfig, load
 from ..families.loading import BROKEN, is_single_file, load_pipeline, load_vae, read_index, resolve
+from .features import hash_weights
 from .generate import denoiser_of
 
 NEEDED = ("prompt", "latents", "guidance_scale", "num_inference_steps")  # arguments of a pipeline that can be compared
@@ -96,6 +97,7 @@ def open_student(path: str, teacher: Any, config: TeacherConfig, dtype: torch.dt
                 "compares models that read prompts"
             )
         base = _base(path, facts["base_model"], teacher, config, dtype)
+        facts["guidance_scale"]  # noqa: B018  # of its cells, where --guidance doesn't say another
         return student_pipeline(base, folder, facts, dtype), facts
     except KeyError as error:
         raise InputError(
@@ -105,11 +107,13 @@ def open_student(path: str, teacher: Any, config: TeacherConfig, dtype: torch.dt
 
 def _base(path: str, base: dict[str, Any], teacher: Any, config: TeacherConfig, dtype: torch.dtype) -> Any:
     """The pipeline that a student goes into: the teacher's, unless it was made from another checkpoint or autoencoder."""
-    pipe = teacher
-    if base["name"] != base_model(config):
+    pipe, named_alike = teacher, base["name"] == base_model(config)
+    if not named_alike or _lies_elsewhere(base["path"], config.path):
         own = TeacherConfig(base["path"], revision=base["revision"], variant=base["variant"])
         try:
             pipe = open_pipeline(own, f"base_model.path in {FACTS}", dtype)
+            if named_alike and _hashes(pipe) == _hashes(teacher):
+                pipe = teacher  # a copy
         except InputError as error:
             raise InputError(
                 f"expected the model that --student {path} was made from, {base['name']}, which is not the --teacher, got: "
@@ -118,6 +122,16 @@ def _base(path: str, base: dict[str, Any], teacher: Any, config: TeacherConfig, 
     if base["vae"]:
         pipe = _twin(pipe, vae=load_vae(base["vae"]).to(dtype))
     return pipe
+
+
+def _lies_elsewhere(path: str, teacher: str) -> bool:
+    """Whether both are folders or files here and not the same ones; a checkpoint may have moved since, and kept its name."""
+    own, other = Path(path).expanduser(), Path(teacher).expanduser()
+    return own.exists() and other.exists() and own.resolve() != other.resolve()
+
+
+def _hashes(pipe: Any) -> dict[str, str]:
+    return {name: hash_weights(part) for name, part in pipe.components.items() if isinstance(part, nn.Module)}
 
 
 def student_pipeline(

@@ -12,6 +12,7 @@ from ..config import CommaList
 from ..errors import InputError
 from ..export.folder import FACTS, read_facts
 from .quantities import OPTIONAL
+from .writing import check_folder
 
 INDEX, ADAPTER = "model_index.json", "pytorch_lora_weights.safetensors"
 GUIDANCE = {"demo": "1.5"}  # of the teacher, where it isn't said; as pipelines have it for others
@@ -143,13 +144,13 @@ class BenchOptions:
         """Raises InputError for students, prompts, data or an output folder that can't be what they should."""
         for path in self.students:
             check_student(path, self.guidance)
+        check_apart(self.teacher, self.students)
         if self.prompts != "demo" and not Path(self.prompts).expanduser().is_file():
             raise InputError(f"expected a file of prompts, got nothing at --prompts {self.prompts}; fix the path")
         check_data(self.data)
         if "fd_infinity" in self.metrics and self.num_images and self.num_images < 20:
             raise InputError(f"expected --num_images of 20 or more for fd_infinity, got {self.num_images}; raise it")
-        if Path(self.output_dir).exists() and not Path(self.output_dir).is_dir():
-            raise InputError(f"expected a folder, got a file at --output_dir {self.output_dir}; give another")
+        check_folder(self.output_dir)
 
 
 def reference_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
@@ -190,10 +191,36 @@ def check_student(path: str, guidance: Sequence[float]) -> None:
         raise InputError(
             f"expected a student ({FACTS}) or a pipeline ({INDEX}) in --student {path}, got {found}; {fix}"
         )
-    if not guidance:
+    if not guidance and local:
         raise InputError(
             f"expected --guidance with --student {path}, a pipeline without {FACTS} that says which; give it, e.g. --guidance 1"
         )
+    if not guidance:
+        raise InputError(
+            f"expected a student's folder, got nothing at --student {path}; fix the path, or where it is a pipeline on the hub "
+            "say its --guidance, e.g. 1"
+        )
+
+
+def check_apart(teacher: str, students: Sequence[str]) -> None:
+    """InputError for a student that is given twice, or is the teacher."""
+    bare, seen = teacher if teacher == "demo" else _place(teacher), dict[str, str]()
+    for path in students:
+        place = _place(path)
+        if place == bare:
+            raise InputError(
+                f"expected a student, got the teacher at --student {path}; drop it, the teacher is measured at the same --steps"
+            )
+        if place in seen:
+            raise InputError(f"expected each student once, got --student {seen[place]} and --student {path}; drop one")
+        seen[place] = path
+
+
+def _place(path: str) -> str:
+    """What a path leads to: a folder or file here, or else a name; of a run that is called demo its folder."""
+    folder = Path(path).expanduser()
+    named = path == "demo" and not (folder / FACTS).is_file()
+    return str(folder.resolve()) if folder.exists() and not named else path
 
 
 def check_data(path: str) -> None:
@@ -227,7 +254,7 @@ def _scales(flags: Mapping[str, Any], name: str) -> tuple[float, ...]:
         raise InputError(f"{error}; fix --{name}") from error
     if not numbers or min(numbers) < 0:
         raise InputError(f"expected guidance scales of 0 or more (1 is none), got {flags[name]!r}; fix --{name}")
-    return tuple(dict.fromkeys(numbers))
+    return tuple(dict.fromkeys(float(f"{number:g}") for number in numbers))  # as they are in the names of cells
 
 
 def _least(flags: Mapping[str, Any], name: str, least: int) -> int:

@@ -56,9 +56,14 @@ class Plan:
     resolution: int | None = None
 
     def __post_init__(self) -> None:
-        if not 2 <= len(self.prompts) <= APART:
+        if len(self.prompts) < 2:
             raise InputError(
-                f"expected at least 2 images a configuration, got {len(self.prompts)}; raise the number of images"
+                f"expected at least 2 images a configuration, got {len(self.prompts)}; raise the number of images: more "
+                "--prompts, or a higher --num_images"
+            )
+        if len(self.prompts) > APART:
+            raise InputError(
+                f"expected at most {APART} images a configuration, got {len(self.prompts)}; lower --num_images"
             )
         if self.batch_size < 1:
             raise InputError(f"expected --batch_size of 1 or more, got {self.batch_size}; raise it")

@@ -8,8 +8,9 @@ resizes differently with and without it.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,10 @@ from .features import Images
 
 Size = tuple[int, int]  # height, width
 STEPS = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")
+# settings that change what a network sees, and image processors whose resize or crop is not what their settings say
+OTHERS = ("rescale_offset", "offset", "include_top", "keep_aspect_ratio", "size_divisor", "crop_to_patches")
+OWN_WAYS = ("Levit", "Perceiver")
+CONVNEXT, SHARE = "ConvNext", 224 / 256  # its crop_pct where none is written
 WARPED_FROM = 384  # ConvNeXt's crop_pct: at this size and above images are resized to a square, below they are cropped
 
 
@@ -51,14 +56,14 @@ class Preprocessing:
         """From a preprocessor_config.json.
 
         A plain number as the `size` is the shorter side where a crop follows, and a square otherwise. Without a
-        `rescale_factor` it is 1/255, without a `resample` bicubic, and there is a crop where there is a `crop_size`.
+        `rescale_factor` it is 1/255, and there is a crop where there is a `crop_size`.
 
         Args:
             where: the checkpoint, for the message.
             fix: what to do about it.
 
         Raises:
-            InputError: size, mean or std are missing or not understood, or there is a step that this class lacks.
+            InputError: size, filter, mean or std are missing or not understood, or there is a step that this class lacks.
         """
         try:
             return cls._parse(settings)
@@ -70,14 +75,14 @@ class Preprocessing:
 
     @classmethod
     def _parse(cls, settings: Mapping[str, Any]) -> Preprocessing:
-        strange = [key for key, value in settings.items() if key.startswith("do_") and value and key not in STEPS]
-        if strange or settings.get("rescale_offset"):
-            raise ValueError(f"the steps {', '.join(strange) or 'rescale_offset'}, which are not supported")
+        _check_supported(settings)
         cropped = settings.get("do_center_crop", settings.get("crop_size") is not None)
         edge, size, crop = None, None, _size(settings["crop_size"]) if cropped else None
+        share, resample = _share(settings), Image.Resampling.NEAREST  # which nothing is resized by
         if settings.get("do_resize", True):
-            edge, size = _target(settings["size"], cropped or settings.get("crop_pct") is not None)
-        if edge is not None and (share := settings.get("crop_pct")) is not None:
+            edge, size = _target(settings["size"], cropped or share is not None)
+            resample = Image.Resampling(settings["resample"])
+        if edge is not None and share is not None:
             edge, size, crop = (
                 (int(edge / share), None, (edge, edge)) if edge < WARPED_FROM else (None, (edge, edge), crop)
             )
@@ -85,16 +90,16 @@ class Preprocessing:
         normal = settings.get("do_normalize", True)
         mean = _channels(settings["image_mean"] if normal else (0, 0, 0))
         std = _channels(settings["image_std"] if normal else (1, 1, 1))
-        resample = settings.get("resample")
-        return cls(
-            edge,
-            size,
-            crop,
-            scale,
-            mean,
-            std,
-            Image.Resampling(Image.Resampling.BICUBIC if resample is None else resample),
-        )
+        return cls(edge, size, crop, scale, mean, std, resample)
+
+    @property
+    def resizes(self) -> bool:
+        """Whether images of any size come out as those of one."""
+        return self.edge is not None or self.size is not None
+
+    def identity(self) -> str:
+        """All of it in one line, for a hash."""
+        return json.dumps(asdict(self), sort_keys=True)
 
     def __call__(self, images: Images) -> Tensor:
         """[N, 3, h, w] float32 of uint8 images [N, H, W, 3], which the caller has checked."""
@@ -117,6 +122,27 @@ class Preprocessing:
             raise ValueError(f"expected images of {self.crop} or more to crop, got {(height, width)}; make larger ones")
         top, left = (height - self.crop[0]) // 2, (width - self.crop[1]) // 2
         return image[top : top + self.crop[0], left : left + self.crop[1]]
+
+
+def _kind(settings: Mapping[str, Any]) -> str:
+    return str(settings.get("image_processor_type") or settings.get("feature_extractor_type") or "")
+
+
+def _check_supported(settings: Mapping[str, Any]) -> None:
+    strange = [key for key, value in settings.items() if value and key.startswith("do_") and key not in STEPS]
+    strange += [key for key in OTHERS if settings.get(key)]
+    if settings.get("ensure_multiple_of") not in (None, 1):
+        strange.append("ensure_multiple_of")
+    if strange:
+        raise ValueError(f"{', '.join(strange)}, which is not supported")
+    if _kind(settings).startswith(OWN_WAYS):
+        raise ValueError(f"those of a {_kind(settings)}, which is not supported")
+
+
+def _share(settings: Mapping[str, Any]) -> float | None:
+    """How much of the resized image's edge is kept, where the checkpoint says it so."""
+    share = settings.get("crop_pct")
+    return SHARE if share is None and _kind(settings).startswith(CONVNEXT) else share
 
 
 def _size(value: Any) -> Size:

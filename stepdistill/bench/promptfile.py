@@ -21,7 +21,8 @@ from ..errors import InputError
 COLUMNS = ("text", "caption", "prompt")
 SUFFIXES = (".txt", ".csv", ".jsonl")
 FORMS = "a .txt file with one prompt a line, a .csv or .jsonl file with a text, caption or prompt column, or demo"
-HALF = re.compile("[\ud800-\udfff]")  # half of a character, which JSON can say and no tokenizer can read
+NO_TEXT = re.compile("[\0\ud800-\udfff]")  # zero, and half a character, which JSON can say and no tokenizer can read
+MARK = "\ufeff"  # byte-order mark, which editors put in front of a file, so that joined files have it inside too
 Line = tuple[int, str]  # its number in the file, from 1, and its prompt
 
 
@@ -37,7 +38,8 @@ def read_prompts(path: str | Path, count: int | None = None, tokenizer: Any = No
 
     Raises:
         InputError: no such file, another kind of file, not UTF-8, no prompts or fewer than `count`, a blank one before
-            the last, or one that is too long; the line is named.
+            the last, or one that is too long; the file and the line are named.
+        ValueError: "demo" without a count.
     """
     if count is not None and count < 1:
         raise InputError(f"expected --num_images of 1 or more, got {count}; raise it")
@@ -49,12 +51,12 @@ def read_prompts(path: str | Path, count: int | None = None, tokenizer: Any = No
         found = _from_file(Path(path).expanduser())
     if count is not None and len(found) < count:
         raise InputError(
-            f"expected {count} prompts for --num_images {count}, got {len(found)} in {str(path)!r}; lower --num_images, or "
-            "add prompts to the file"
+            f"expected {count} prompts for --num_images {count}, got {len(found)} in --prompts {str(path)!r}; lower "
+            "--num_images, or add prompts to the file"
         )
     found = found[:count]
     if tokenizer is not None:
-        _check_lengths(found, tokenizer, str(path))
+        _check_lengths(found, tokenizer, f"--prompts {str(path)!r}")
     return [text for _, text in found]
 
 
@@ -68,27 +70,33 @@ def fingerprint(prompts: Sequence[str]) -> str:
 
 
 def _from_file(file: Path) -> list[Line]:
+    where = f"--prompts {str(file)!r}"
     if file.suffix.lower() not in SUFFIXES:
         raise InputError(f"expected in --prompts {FORMS}, got {str(file)!r}; rename or convert it")
     if not file.is_file():
         raise InputError(f"expected a file of prompts, got {str(file)!r}, which is no file; fix the path in --prompts")
-    try:
-        text = file.read_bytes().decode("utf-8-sig")  # -sig: editors may put a byte-order mark in front
-    except UnicodeDecodeError as error:
-        raise InputError(f"expected UTF-8 in {str(file)!r}, got {error.reason}; save it as UTF-8") from error
-    if "\0" in text:
-        raise InputError(f"expected text in {str(file)!r}, got zero bytes; save it as UTF-8 text")
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
     read = {".txt": _text, ".csv": _csv, ".jsonl": _jsonl}[file.suffix.lower()]
-    found = [(line, prompt.strip()) for line, prompt in read(text, str(file))]
+    found = [(line, prompt.strip()) for line, prompt in read(_decoded(file.read_bytes(), where), where)]
     for line, prompt in found:
         if not prompt:
             raise InputError(
-                f"expected a prompt in line {line} of {str(file)!r}, got a blank one; remove the line, or write a prompt there"
+                f"expected a prompt in line {line} of {where}, got a blank one; remove the line, or write a prompt there"
             )
     if not found:
-        raise InputError(f"expected prompts in {str(file)!r}, got none; write them into it")
+        raise InputError(f"expected prompts in {where}, got none; write them into it")
     return found
+
+
+def _decoded(data: bytes, where: str) -> str:
+    """The text, with line feeds for whatever ends its lines, and without byte-order marks."""
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = len(re.findall(rb"\r\n|\r|\n", data[: error.start])) + 1
+        raise InputError(f"expected UTF-8 in {where}, got {error.reason} in line {line}; save it as UTF-8") from error
+    if "\0" in text:
+        raise InputError(f"expected text in {where}, got zero bytes; save it as UTF-8 text")
+    return text.replace(MARK, "").replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _lines(text: str) -> list[str]:
@@ -96,30 +104,31 @@ def _lines(text: str) -> list[str]:
     return text.rstrip().split("\n") if text.rstrip() else []
 
 
-def _text(text: str, file: str) -> Iterator[Line]:
+def _text(text: str, where: str) -> Iterator[Line]:
     yield from enumerate(_lines(text), 1)
 
 
-def _csv(text: str, file: str) -> Iterator[Line]:
+def _csv(text: str, where: str) -> Iterator[Line]:
     """A quoted prompt may go over several lines; the last of them is its number."""
-    reader = csv.reader(io.StringIO(text.rstrip("\n"), newline=""), strict=True)
+    reader = csv.reader(io.StringIO(text.rstrip(), newline=""), strict=True)
     try:
         header = [name.strip() for name in next(reader, [])]
-        place = header.index(_column(header, f"the first line of {file!r}"))
+        place = header.index(_column(header, f"the first line of {where}"))
         for row in reader:
-            if row and len(row) != len(header):
+            blank = not "".join(row).strip()
+            if not blank and len(row) != len(header):
                 raise InputError(
-                    f"expected {len(header)} columns in line {reader.line_num} of {file!r}, got {len(row)}; put prompts that "
+                    f"expected {len(header)} columns in line {reader.line_num} of {where}, got {len(row)}; put prompts that "
                     "contain commas in double quotes"
                 )
-            yield reader.line_num, row[place] if row else ""
+            yield reader.line_num, "" if blank else row[place]
     except csv.Error as error:
-        raise InputError(f"expected CSV in {file!r}, got in line {reader.line_num}: {error}; fix the line") from error
+        raise InputError(f"expected CSV in {where}, got in line {reader.line_num}: {error}; fix the line") from error
 
 
-def _jsonl(text: str, file: str) -> Iterator[Line]:
+def _jsonl(text: str, where: str) -> Iterator[Line]:
     for number, line in enumerate(_lines(text), 1):
-        yield number, _prompt_of(line, f"line {number} of {file!r}") if line.strip() else ""
+        yield number, _prompt_of(line, f"line {number} of {where}") if line.strip() else ""
 
 
 def _prompt_of(line: str, where: str) -> str:
@@ -130,7 +139,7 @@ def _prompt_of(line: str, where: str) -> str:
     if not isinstance(record, dict):
         raise InputError(f'expected an object such as {{"text": "a cat"}} in {where}, got {line.strip()[:40]}; fix it')
     prompt = record[_column(list(record), where)]
-    if not isinstance(prompt, str) or HALF.search(prompt):
+    if not isinstance(prompt, str) or NO_TEXT.search(prompt):
         raise InputError(f"expected text as the prompt in {where}, got {prompt!r}; fix it")
     return prompt
 
@@ -145,12 +154,12 @@ def _column(names: Sequence[str], where: str) -> str:
     return found[0]
 
 
-def _check_lengths(found: Sequence[Line], tokenizer: Any, path: str) -> None:
+def _check_lengths(found: Sequence[Line], tokenizer: Any, where: str) -> None:
     limit = tokenizer.model_max_length
     tokens = tokenizer([text for _, text in found], truncation=False, verbose=False)["input_ids"]
     for (line, text), ids in zip(found, tokens, strict=True):
         if len(ids) > limit:
             raise InputError(
                 f"expected prompts of at most {limit} tokens, which is all that the pipeline's text encoder reads, got "
-                f"{len(ids)} in line {line} of {path!r} ({text[:40]!r}...); shorten it"
+                f"{len(ids)} in line {line} of {where} ({text[:40]!r}...); shorten it"
             )

@@ -60,6 +60,10 @@ class Measure:
     ) -> None:
         if unknown := set(optional) - set(OPTIONAL):
             raise InputError(f"expected --metrics out of {','.join(OPTIONAL)}, got {','.join(sorted(unknown))}; fix it")
+        if "coverage" in optional and (count := len(reference.features)) <= COVERED:
+            raise InputError(
+                f"expected {COVERED + 1} real images or more for --metrics coverage, got {count}; give more --data"
+            )
         self.reference, self.seed, self.optional, self.resamples = reference, seed, tuple(optional), resamples
         self._distance = frechet_to(reference.mean, reference.cov)
         self._real = reference.features.double()
@@ -131,7 +135,7 @@ class Measure:
         some = samples.features[:n].double()
         if len(some) < n or not torch.isfinite(some).all():
             raise ValueError(f"expected {n} images with finite features, got {len(some)}; look at the images")
-        warn_if_few(n, some.shape[1])
+        warn_if_few(min(n, self.reference.count), some.shape[1])
         draws = bootstrap_draws(self._distance, some, n=self.resamples, seed=self.seed, paired=True)
         return _Distance(self._distance(some), draws)
 

@@ -79,6 +79,8 @@ class DataImages:
             raise InputError(
                 f"expected images in --data, got prompts in {path!r}; give a folder of images or a data set with images"
             )
+        if len(source) < 2:
+            raise InputError(f"expected 2 real images or more in --data {path}, got {len(source)}; give more")
         self._images = source
         self.source, self.hash = f"{path} ({len(source)} images)", source.fingerprint()[:16]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from ..errors import InputError
 from .features import FeatureExtractor
 from .moments import Moments
 from .real import RealImages, WorldImages
+from .writing import write_whole
 
 KEPT = 2_000  # images whose features stay
 MOST_BAD = 0.01  # share of the images that may be unreadable
@@ -78,41 +79,30 @@ class Reference:
             features: what they are looked at by.
             images: where they are from.
             resolution: their side in pixels.
-            held: so many of them, the last of their order, are held out.
+            held: so many of them, the last of their order that can be read, are held out.
             kept: so many of the others, the first, keep their features.
             progress: gets (images done, images in all).
 
         Raises InputError for fewer than 2 images that are not held out, or more than 1 in 100 that can't be read.
         """
         order, moments = images.order(), Moments(features.dim)
-        if len(order) - held < 2:
-            raise InputError(
-                f"expected 2 real images or more in {images.source}, of which {held} are held out, got {len(order)}; give more"
-            )
-        rest, apart = order[: len(order) - held], order[len(order) - held :]
+        _check_left(len(order) - held, held, images.source)
+        read = _Reader(features, images, resolution, progress)
+        apart: list[Tensor] = []
+        end = len(order)  # one that can't be read is made up for, or there would be no floor at `held` images
+        while end and (missing := held - sum(map(len, apart))) > 0:
+            start = max(0, end - min(_PART, missing))
+            apart.insert(0, read(order[start:end]).float())
+            end = start
         stay: list[Tensor] = []
-        others: list[Tensor] = []
-        bad = done = 0
-        for indices, out in ((rest, False), (apart, True)):
-            for start in range(0, len(indices), _PART):
-                part = indices[start : start + _PART]
-                found = [image for image in images.read(part, resolution) if image is not None]
-                bad, done = bad + len(part) - len(found), done + len(part)
-                if bad > MOST_BAD * len(order):
-                    raise InputError(
-                        f"expected images that can be read in {images.source}, got {bad} that can't; fix them"
-                    )
-                if found:
-                    rows = features(np.stack(found))
-                    if out:
-                        others.append(rows.float())
-                    else:
-                        moments.update(rows)
-                        stay.append(rows[: max(0, kept - sum(map(len, stay)))].float())
-                progress(done, len(order))
+        for start in range(0, end, _PART):
+            if len(rows := read(order[start : min(start + _PART, end)])):
+                moments.update(rows)
+                stay.append(rows[: max(0, kept - sum(map(len, stay)))].float())
+        _check_left(moments.count, held, images.source)
         about = {**_about(features, images, resolution, held), "count": moments.count}
         none = torch.empty(0, features.dim)
-        return cls(moments.mean, moments.cov, torch.cat(stay), torch.cat([none, *others]), about)
+        return cls(moments.mean, moments.cov, torch.cat([none, *stay]), torch.cat([none, *apart]), about)
 
     @classmethod
     def remembered(
@@ -136,14 +126,10 @@ class Reference:
         found.save(path)
         return found
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes one safetensors file, whole or not at all."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
+    def save(self, path: str | os.PathLike[str], flag: str = "--output_dir") -> None:
+        """Writes one safetensors file, whole or not at all; InputError, which names the flag, where it can't be written."""
         tensors = {name: vars(self)[name].contiguous() for name in _NAMES}
-        save_file(tensors, temporary, metadata={_ABOUT: json.dumps(self.about, sort_keys=True)})
-        temporary.replace(path)
+        write_whole(path, save(tensors, metadata={_ABOUT: json.dumps(self.about, sort_keys=True)}), flag)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], features: FeatureExtractor) -> Reference:
@@ -174,6 +160,33 @@ class Reference:
         """What it is, for a protocol."""
         keys = ("source", "hash", "count", "resolution")
         return {**{key: self.about[key] for key in keys}, "kept": len(self.features), "held": len(self.held)}
+
+
+def _check_left(count: int, held: int, source: str) -> None:
+    if count < 2:
+        raise InputError(
+            f"expected 2 real images or more beside {held} that are held out, got {max(0, count)} in {source}; give more --data"
+        )
+
+
+class _Reader:
+    """Features of real images, with a count of those that can't be read."""
+
+    def __init__(self, features: FeatureExtractor, images: RealImages, resolution: int, progress: Progress) -> None:
+        self.features, self.images, self.resolution, self.progress = features, images, resolution, progress
+        self.total, self.bad, self.done = len(images.order()), 0, 0
+
+    def __call__(self, part: Sequence[int]) -> Tensor:
+        """[n, d] float64 of those that can be read; InputError for too many that can't."""
+        found = [image for image in self.images.read(part, self.resolution) if image is not None]
+        self.bad, self.done = self.bad + len(part) - len(found), self.done + len(part)
+        if self.bad > MOST_BAD * self.total:
+            raise InputError(
+                f"expected images that can be read in {self.images.source}, got {self.bad} that can't; fix or remove them"
+            )
+        rows = self.features(np.stack(found)) if found else torch.empty(0, self.features.dim, dtype=torch.float64)
+        self.progress(self.done, self.total)
+        return rows
 
 
 def described(features: FeatureExtractor) -> dict[str, Any]:

@@ -144,6 +144,8 @@ def _bound(text: str) -> str:
 
 
 def _kind(verdict: Verdict) -> str:
+    if verdict.falls_short:
+        return "worse"
     return verdict.kind if verdict.resolved else "unclear"
 
 

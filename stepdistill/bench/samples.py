@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from ..errors import InputError
 from .features import FeatureExtractor, Images
 from .plan import Batch, Plan
 from .scores import Scorer
+from .writing import write_whole
 
 SCORE = "score/"  # before the names of scores, in files
 
@@ -65,12 +65,8 @@ def image_hashes(images: Images) -> Tensor:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """One safetensors file, there as a whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    save_file({name: value.contiguous() for name, value in tensors.items()}, temporary)
-    with temporary.open("rb") as handle:
-        os.fsync(handle.fileno())
-    temporary.replace(path)
+    # not `save_file`, which has temporary files of its own, that a kill leaves behind
+    write_whole(path, save({name: value.contiguous() for name, value in tensors.items()}))
 
 
 def is_whole(path: Path) -> bool:

@@ -81,7 +81,8 @@ class ClipScore:
     As torchmetrics has it, but for the maximum, which the paper takes for each image and torchmetrics of the mean.
 
     Args:
-        path: a whole CLIP: a folder that `save_pretrained` wrote, with tokenizer and preprocessor_config.json, or a hub id.
+        path: a whole CLIP: a folder that `save_pretrained` wrote, with tokenizer and preprocessor_config.json, or a hub id
+            (`id@revision`).
         batch_size: images or prompts a forward.
         device: where the networks run.
         flag: where the path was given, for messages.
@@ -97,7 +98,7 @@ class ClipScore:
         self.name, tower = f"CLIP score, {path}", self._vision.tower
         if self._vision.config.model_type != "clip":
             raise InputError(
-                f"expected a CLIP at {flag} {path!r}, got a {self._vision.config.model_type}; give one that reads images and "
+                f"expected a CLIP at {tower}, got a {self._vision.config.model_type}; give one that reads images and "
                 "text, such as openai/clip-vit-large-patch14"
             )
         from transformers import AutoTokenizer, CLIPTextModelWithProjection
@@ -111,12 +112,12 @@ class ClipScore:
         size = module.config.vocab_size
         if len(self._tokenizer) != size:
             raise InputError(
-                f"expected a tokenizer of {size} tokens at {flag} {path!r}, got {len(self._tokenizer)}; save the CLIP's own "
+                f"expected a tokenizer of {size} tokens at {tower}, got {len(self._tokenizer)}; save the CLIP's own "
                 "tokenizer into the folder"
             )
         self._text: Any = module.to(device)
         self._batch_size, self._device = batch_size, torch.device(device)
-        self.weights_hash = hash_weights(torch.nn.ModuleList([self._vision.module, module]))
+        self.weights_hash = hash_weights(module, self._vision.weights_hash)
 
     def __call__(self, prompts: Sequence[str], images: Images) -> dict[str, Tensor]:
         """{"clip": [N] float64, 0-100} of N prompts and uint8 images [N, H, W, 3].

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -45,7 +46,10 @@ def speeds(
     calls = {cell: partial(_call, cell, contender, plan) for cell, contender in jobs}
     for cell, call in calls.items():
         progress(f"first call and memory of {cell}")
-        first[cell] = first_call(lambda call=call: partial(call, sizes[0]))  # type: ignore[misc]
+        with suppress(
+            MemoryError, RuntimeError
+        ):  # out of memory: the next line finds so too, or raises what else it was
+            first[cell] = first_call(lambda call=call: partial(call, sizes[0]))  # type: ignore[misc]
         fits[cell] = batch_sizes_that_fit(sizes, call)
     found = []
     for size in sizes:
@@ -62,7 +66,7 @@ def speeds(
                     seconds=timings[str(cell), size].seconds,
                     stages={name: tuple(vars(stage)[name] for stage in stages) for name in PARTS},
                     evaluations=_evaluations(stages),
-                    first_call=first[cell] if size == sizes[0] else None,
+                    first_call=first.get(cell) if size == sizes[0] else None,
                     peak_memory=rise + _weights(contender.pipe),
                 )
             )

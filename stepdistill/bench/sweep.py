@@ -2,11 +2,13 @@
 
 A batch is the unit: it is made by one process, and done when its part lies in the cell's folder. When all parts of a cell are
 there the main process joins them. A cell that is finished is never written again, and no folder is ever listed to find images,
-so that what lies there from before can't count. Processes wait for each other's files, not at barriers, which give up.
+so that what lies there from before can't count. Once images are made, processes wait for each other's files, not at barriers,
+which give up.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -21,6 +23,7 @@ import torch
 from PIL import Image
 
 from ..errors import InputError
+from ..training.folder import LOCK, lock
 from .contenders import Contender
 from .features import FeatureExtractor, Images
 from .generate import denoiser_of
@@ -30,6 +33,7 @@ from .reference import described
 from .rows import Cell
 from .samples import Samples, image_hashes, is_whole, measured, merged, read_samples, write_tensors
 from .scores import Scorer
+from .writing import write_whole, writing
 
 CELL, SAMPLES, PARTS, IMAGES = "cell.json", "samples.safetensors", "parts", "images"
 KEPT = 64  # images of each cell that stay as PNG
@@ -66,33 +70,44 @@ class Sweep:
         self.folder, self.plan, self.features, self.scorers = Path(folder), plan, features, dict(scorers)
         self.kept, self.overwrite = min(kept, len(plan.prompts)), overwrite
         self.rank, self.world, self.wait = rank, world, wait
+        self._todo: dict[Cell, list[Batch]] | None = None
 
     def place(self, cell: Cell) -> Path:
         """The folder of a cell."""
         return self.folder / "cells" / cell.slug
 
-    def run(self, jobs: Sequence[Job], progress: bool = True) -> list[Samples]:
-        """Makes what is missing; the samples of all cells on the main process, [] on the others.
+    def claim(self, jobs: Sequence[Job]) -> None:
+        """Takes the folder for these cells, and finds what is missing; `run` does it where it wasn't done before.
 
-        Raises InputError for cells in the folder that were made in another way, before anything is made.
+        Raises InputError for a folder that another process is at or that can't be written to, and for cells in it that were
+        made in another way; nothing is made, or lost, before.
         """
         self._begin(jobs)
         batches = self.plan.batches()
-        todo = {cell: self._missing(number, cell, batches) for number, (cell, _) in enumerate(jobs)}
+        self._todo = {cell: self._missing(number, cell, batches) for number, (cell, _) in enumerate(jobs)}
         self.wait()  # nobody joins parts while others look for theirs
-        bar = _Bar([cell for cell, _ in jobs], todo, progress and self.rank == 0)
-        for cell, contender in jobs:
-            for batch in todo[cell]:
-                self._make(cell, contender, batch)
-                bar.advance(cell)
-            if self.rank == 0:
-                self._finish(cell, batches)
-        bar.close()
+
+    def run(self, jobs: Sequence[Job], progress: bool = True) -> list[Samples]:
+        """Makes what is missing; the samples of all cells on the main process, [] on the others. Raises as `claim` does."""
+        if self._todo is None:
+            self.claim(jobs)
+        todo, self._todo = self._todo or {}, None
+        batches = self.plan.batches()
+        with _Bar([cell for cell, _ in jobs], todo, progress and self.rank == 0) as bar:
+            for cell, contender in jobs:
+                for batch in todo[cell]:
+                    self._make(cell, contender, batch)
+                    bar.advance(cell)
+                if self.rank == 0:
+                    self._finish(cell, batches)
         return [self.samples(cell) for cell, _ in jobs] if self.rank == 0 else []
 
     def _begin(self, jobs: Sequence[Job]) -> None:
         """Writes down what each cell is, or finds that it is what lies there."""
         if self.rank == 0:
+            with writing(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                lock(self.folder / LOCK)
             plans = {cell: _plain(self.identity(cell, contender)) for cell, contender in jobs}
             different = {cell: _different(self.place(cell) / CELL, plan) for cell, plan in plans.items()}
             if any(different.values()) and not self.overwrite:
@@ -112,15 +127,16 @@ class Sweep:
 
     def _open(self, cell: Cell, plan: dict[str, Any], afresh: bool) -> None:
         place = self.place(cell)
-        if afresh:
-            (place / CELL).unlink()  # first: parts without it are nobody's
-        if not (place / CELL).is_file():
+        with writing(place):
+            if afresh:
+                (place / CELL).unlink()  # first: parts without it are nobody's
+            if (place / CELL).is_file():
+                return
             for name in (PARTS, IMAGES):
                 if (place / name).is_dir():
                     shutil.rmtree(place / name)
             (place / SAMPLES).unlink(missing_ok=True)
-            place.mkdir(parents=True, exist_ok=True)
-            _write_text(place / CELL, json.dumps(plan, indent=1) + "\n")
+        write_whole(place / CELL, (json.dumps(plan, indent=1) + "\n").encode())
 
     def identity(self, cell: Cell, contender: Contender) -> dict[str, Any]:
         """All that a cell's files depend on."""
@@ -143,19 +159,30 @@ class Sweep:
             return []
         turn = number * len(batches)
         own = [batch for batch in batches if (turn + batch.number) % self.world == self.rank]
-        return [batch for batch in own if not is_whole(self._part(cell, batch))]
+        missing = [batch for batch in own if not is_whole(self._part(cell, batch))]
+        for batch in missing:  # a part that was cut short must not be taken for the new one
+            with writing(self._part(cell, batch)):
+                self._part(cell, batch).unlink(missing_ok=True)
+        return missing
 
     def _part(self, cell: Cell, batch: Batch) -> Path:
         return self.place(cell) / PARTS / f"{batch.number:05d}.safetensors"
 
     def _make(self, cell: Cell, contender: Contender, batch: Batch) -> None:
         with count_evaluations(denoiser_of(contender.pipe)) as count:
-            images = contender.images(cell, batch.prompts, self.plan, batch.start)
+            try:
+                images = contender.images(cell, batch.prompts, self.plan, batch.start)
+            except InputError as error:
+                raise InputError(f"{cell}: {error}") from error
+            except torch.OutOfMemoryError as error:
+                raise InputError(
+                    f"{cell}: expected room for {len(batch.prompts)} images a call, got: out of memory; lower --batch_size"
+                ) from error
         scorers = {} if batch.varied else self.scorers
         tensors = measured(images, batch.prompts, self.features, scorers)
         for index, image in enumerate(images, batch.start):
             if index < self.kept:
-                self._write_image(self._image(cell, index), image)
+                write_whole(self._image(cell, index), _png(image))
         counted = torch.tensor(count.samples, dtype=torch.int64)
         write_tensors(
             self._part(cell, batch), {**tensors, "hashes": image_hashes(images), "evaluations": counted}
@@ -169,8 +196,9 @@ class Sweep:
                 while not part.is_file():
                     time.sleep(0.05)
             write_tensors(path, merged(parts))
-        if (self.place(cell) / PARTS).is_dir():
-            shutil.rmtree(self.place(cell) / PARTS)
+        with writing(self.place(cell)):
+            if (self.place(cell) / PARTS).is_dir():
+                shutil.rmtree(self.place(cell) / PARTS)
 
     def samples(self, cell: Cell) -> Samples:
         """The samples of a finished cell."""
@@ -178,12 +206,6 @@ class Sweep:
 
     def _image(self, cell: Cell, index: int) -> Path:
         return self.place(cell) / IMAGES / f"{index}.png"
-
-    def _write_image(self, path: Path, image: Any) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        Image.fromarray(np.ascontiguousarray(image)).save(temporary, format="PNG")
-        temporary.replace(path)
 
     def images(self, cell: Cell, count: int | None = None) -> Images:
         """The first of a finished cell's images that were kept, uint8 [count, H, W, 3]; all of those by default.
@@ -198,8 +220,8 @@ class Sweep:
                     found.append(np.asarray(file.convert("RGB")))
             except OSError as error:
                 raise InputError(
-                    f"expected an image at {str(self._image(cell, index))!r}, got: {error}; give --overwrite, or delete "
-                    f"{str(self.place(cell))!r}, to make the cell again"
+                    f"expected an image at {str(self._image(cell, index))!r}, got: {error}; delete {str(self.place(cell))!r} "
+                    "to make that cell again"
                 ) from error
         hashes = self.samples(cell).hashes
         if hashes is None or not torch.equal(image_hashes(found), hashes[:count]):  # type: ignore[arg-type]
@@ -218,16 +240,21 @@ class _Bar:
         self.batches = {cell: len(todo[cell]) for cell in cells}
         work = sum(cell.steps * count for cell, count in self.batches.items())
         form = "cells: {n:.2f}/{total} |{bar}| {elapsed}<{remaining} {postfix}"
-        self.share = sum(count > 0 for count in self.batches.values()) / work if work else 0.0
-        self.bar = tqdm(total=len(cells), bar_format=form, disable=not shown, file=sys.stderr, mininterval=0.5)
-        self.bar.update(sum(not count for count in self.batches.values()))
+        done = sum(not count for count in self.batches.values())
+        self.share = (len(cells) - done) / work if work else 0.0
+        # `initial`: what was there before took no time, and tells nothing of the time that is left
+        options: dict[str, Any] = {"disable": not shown, "file": sys.stderr, "mininterval": 0.5}
+        self.bar = tqdm(total=len(cells), initial=done, bar_format=form, **options)
 
     def advance(self, cell: Cell) -> None:
         """One batch is done."""
         self.bar.set_postfix_str(str(cell), refresh=False)
         self.bar.update(min(cell.steps * self.share, self.bar.total - self.bar.n))  # sums of shares may round up
 
-    def close(self) -> None:
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self.bar.close()
 
 
@@ -250,7 +277,7 @@ def _different(path: Path, plan: dict[str, Any]) -> list[str]:
     return sorted(key for key in {*found, *plan} if found.get(key) != plan.get(key))
 
 
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+def _png(image: Any) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(image)).save(file, format="PNG")
+    return file.getvalue()

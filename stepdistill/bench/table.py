@@ -6,14 +6,14 @@ import csv
 import io
 from collections.abc import Callable, Sequence
 
-from .metrics import CLEAR
+from .metrics import CLEAR, ENOUGH
 from .quantities import ACCURACY, Quantity, quantity
 from .rows import FD, TEACHER, Quality, Results, Speed, Value
 from .verdict import answers
 
 UNCLEAR = "unclear"
 _AGAINST = ("against", "against_low", "against_high")
-_SHOWN = ("kid", "recall", "diversity", "clip_score", ACCURACY)  # beside the distance; CSV and JSON have all
+_SHOWN = ("fd_infinity", "kid", "cmmd", "recall", "coverage", "diversity", "clip_score", ACCURACY)  # CSV and JSON have all
 
 
 def markdown(results: Results) -> str:
@@ -37,7 +37,6 @@ Column = tuple[str, Callable[[Quality], str]]
 def columns(results: Results) -> list[Column]:
     """Heads, and what makes a row's cell, as plain text."""
     measured = {key for row in results.quality for key in row.values}
-    has_teacher = any(row.cell.model == TEACHER for row in results.quality)
     shown: list[Column] = [
         ("model", lambda r: r.cell.model),
         ("steps", lambda r: str(r.cell.steps)),
@@ -47,17 +46,21 @@ def columns(results: Results) -> list[Column]:
     ]
     if any(row.against is not None for row in results.quality):
         shown.append(("against the teacher", against))
-    if has_teacher:
-        shown += [
-            ("x teacher's best", lambda r: UNCLEAR if (x := results.times_best(r)) is None else f"{x:.2f}"),
-            ("gap closed", lambda r: "" if (x := results.gap_closed(r)) is None else f"{x:.0%}"),
-        ]
+    if has_ratios(results):
+        shown.append(("x teacher's best", lambda r: UNCLEAR if (x := results.times_best(r)) is None else f"{x:.2f}"))
+    if any(results.gap_closed(row) is not None for row in results.quality):
+        shown.append(("gap closed", lambda r: "" if (x := results.gap_closed(r)) is None else f"{x:.0%}"))
     shown += [(quantity(k).label, _reader(k)) for k in _SHOWN if k in measured]
     if any(key.startswith(f"{ACCURACY}/") for key in measured):
         shown.append(("lowest attribute", _lowest))
     if results.speed:
         shown.append(("s / image", lambda r: _seconds(results, r)))
     return [*shown, ("N", lambda r: str(r.n))]
+
+
+def has_ratios(results: Results) -> bool:
+    """Whether any distance can be said in multiples of the teacher's lowest."""
+    return any(results.times_best(row) is not None for row in results.quality)
 
 
 def against(row: Quality) -> str:
@@ -116,13 +119,29 @@ def legend(results: Results) -> list[str]:
         if keys:
             scores = ", ".join(_real(results, n, quantity(key)) for key in keys)
             lines.append(f"{n} real images score: {scores}.")
+        if n < ENOUGH * features.get("dim", 0):
+            lines.append(
+                f"N = {n} is fewer than {ENOUGH} images for each of the {features['dim']} dimensions of the features: "
+                "distances are mostly sampling noise, to be read against the floor only."
+            )
     if any(row.cell.model == TEACHER for row in results.quality):
-        lines += [
-            "x teacher's best: distance less the floor, over the teacher's lowest at this N less the floor. "
-            f"{UNCLEAR}: less than {CLEAR:g} standard deviations of the floor above it.",
-            "Gap closed: which share of the way from the teacher's lowest distance at the same steps to its lowest of all.",
-        ]
+        lines += _ratio_lines(results)
     return [*lines, *_timing(results)]
+
+
+def _ratio_lines(results: Results) -> list[str]:
+    clear = f"{CLEAR:g} standard deviations of the floor above it"
+    lines = [f"No ratios of distances: the teacher's lowest is less than {clear}, or no floor was measured."]
+    if has_ratios(results):
+        lines = [
+            "x teacher's best: distance less the floor, over the teacher's lowest at this N less the floor. "
+            f"{UNCLEAR}: less than {clear}."
+        ]
+    if any(results.gap_closed(row) is not None for row in results.quality):
+        lines += [
+            "Gap closed: which share of the way from the teacher's lowest distance at the same steps to its lowest of all."
+        ]
+    return lines
 
 
 def _timing(results: Results) -> list[str]:

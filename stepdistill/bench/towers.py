@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..errors import InputError
-from ..families.loading import BROKEN, check_weights, hub_is_reachable, is_local
+from ..families.loading import BROKEN, hub_is_reachable, is_local
 
 
 @dataclass(frozen=True)
@@ -22,19 +22,22 @@ class Tower:
         path: a folder or a hub id.
         flag: where it was given.
         offline: only the hub's cache on this machine is asked.
+        revision: of a hub id; its main branch by default.
     """
 
     path: str
     flag: str
     offline: bool = False
+    revision: str | None = None
 
     @classmethod
     def find(cls, spec: str, flag: str) -> Tower:
-        """From a folder with a config.json or a hub id.
+        """From a folder with a config.json, a hub id, or a hub id and its revision: `org/name@revision`.
 
         Raises InputError for a folder without, a path that does not exist, and an id that is not cached while the hub is away.
         """
-        if is_local(spec):
+        name, _, revision = spec.partition("@")
+        if Path(spec).exists() or is_local(name):
             folder = Path(spec).expanduser()
             if not (folder / "config.json").is_file():
                 found = "a folder without config.json" if folder.is_dir() else "nothing of the kind there"
@@ -44,12 +47,12 @@ class Tower:
                 )
             return cls(str(folder), flag)
         offline = not hub_is_reachable()
-        if offline and not _is_cached(spec):
+        if offline and not _is_cached(name, revision or None):
             raise InputError(
                 f"expected a folder or a hub id at {flag}, got {spec!r}, which is no folder here and not in the hub's cache, "
                 "and the hub cannot be reached; fix the path, or download the checkpoint first"
             )
-        return cls(spec, flag, offline)
+        return cls(name, flag, offline, revision or None)
 
     @contextmanager
     def explained(self, what: str) -> Iterator[None]:
@@ -62,11 +65,19 @@ class Tower:
             yield
         except InputError:
             raise
-        except BROKEN as error:
+        except (
+            *BROKEN,
+            ImportError,
+            IndexError,
+        ) as error:  # ImportError: a model that needs another library, e.g. timm
             reason = " ".join(str(error).split())[:500] or type(error).__name__
-            raise InputError(f"expected {what} at {self.flag} {self.path!r}, got: {reason}; {self.fix}") from error
+            raise InputError(f"expected {what} at {self}, got: {reason}; {self.fix}") from error
         finally:
             logging.set_verbosity(verbosity)
+
+    def __str__(self) -> str:
+        """As it was given, with its flag."""
+        return f"{self.flag} {self.path + (f'@{self.revision}' if self.revision else '')!r}"
 
     @property
     def fix(self) -> str:
@@ -76,7 +87,7 @@ class Tower:
     @property
     def options(self) -> dict[str, Any]:
         """For every `from_pretrained`. No code from a checkpoint is run."""
-        return {"local_files_only": self.offline, "trust_remote_code": False}
+        return {"local_files_only": self.offline, "trust_remote_code": False, "revision": self.revision}
 
     def config(self) -> Any:
         """The checkpoint's configuration."""
@@ -92,29 +103,42 @@ class Tower:
         files = [Path(self.path) / name for name in ("preprocessor_config.json", "processor_config.json")]
         if is_local(self.path) and not any(file.is_file() for file in files):
             raise InputError(
-                f"expected a vision model with its preprocessor_config.json at {self.flag} {self.path!r}, got none; "
+                f"expected a vision model with its preprocessor_config.json at {self}, got none; "
                 f"save the model's image processor into the folder, or {self.fix}"
             )
         with self.explained("a vision model with its preprocessor_config.json"):
-            settings, _ = ImageProcessingMixin.get_image_processor_dict(self.path, local_files_only=self.offline)
+            where = {"local_files_only": self.offline, "revision": self.revision}
+            settings, _ = ImageProcessingMixin.get_image_processor_dict(self.path, **where)
             return dict(settings)
 
     def load(self, cls: Any, what: str, **options: Any) -> tuple[Any, list[str]]:
-        """(the module in float32 and eval mode, frozen; the names of its weights that the checkpoint lacks)."""
+        """(the module in float32 and eval mode, frozen; the names of its weights that the checkpoint lacks).
+
+        Raises InputError where it can't be loaded, or has weights of other shapes than its config says.
+        """
         options = self.options | options | {"dtype": torch.float32, "output_loading_info": True}
-        with self.explained(what):
-            module, info = cls.from_pretrained(self.path, **options)
+        with self.explained(what):  # on other shapes transformers points at a report that isn't shown here
+            module, info = cls.from_pretrained(self.path, ignore_mismatched_sizes=True, **options)
+        if others := sorted(name for name, *_ in info["mismatched_keys"]):
+            raise InputError(
+                f"expected {what} at {self}, got {len(others)} tensors of other shapes than its config says, first "
+                f"{', '.join(others[:3])}; {self.fix}"
+            )
         return module.requires_grad_(False).eval(), sorted(info["missing_keys"])
 
     def complete(self, name: str, missing: list[str]) -> None:
         """InputError where weights are missing: transformers would draw them at random."""
-        check_weights(name, self.path, missing)
+        if missing:
+            raise InputError(
+                f"expected all weights of the {name} at {self}, got a checkpoint that lacks {len(missing)} tensors, first "
+                f"{', '.join(missing[:3])}; get it again, or {self.fix}"
+            )
 
 
-def _is_cached(spec: str) -> bool:
+def _is_cached(name: str, revision: str | None) -> bool:
     from huggingface_hub import try_to_load_from_cache
 
     try:
-        return isinstance(try_to_load_from_cache(spec, "config.json"), str)
+        return isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str)
     except ValueError:  # no name that a repository could have
         return False

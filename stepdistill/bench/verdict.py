@@ -33,7 +33,7 @@ class Verdict:
         unit: the teacher's distance less the floor, in which differences are said; None where the ratio is.
         resolved: whether a difference that matters would have been seen: the interval ends below the teacher's own distance
             (or, if that is more, below what clears the floor). Few images make all models indistinguishable.
-        losses: other quantities that are worse than the teacher's, their intervals apart: a distance alone can miss that.
+        losses: other quantities that are worse than the teacher's, their intervals apart: a distance alone misses a collapse.
     """
 
     cell: Cell
@@ -46,6 +46,16 @@ class Verdict:
     unit: float | None = None
     resolved: bool = True
     losses: tuple[str, ...] = ()
+
+    @property
+    def falls_short(self) -> bool:
+        """Whether anything that was measured is worse than the teacher's beyond doubt."""
+        return self.kind == "worse" or bool(self.losses)
+
+    @property
+    def as_good(self) -> bool:
+        """Whether nothing is, though N images could have told."""
+        return self.resolved and not self.falls_short
 
     def sentence(self, teacher: Cell) -> str:
         """For people."""
@@ -155,14 +165,14 @@ def faster(results: Results, cell: Cell, batch_size: int = 1) -> float | None:
 def enough(results: Results, n: int | None = None, model: str | None = None) -> Verdict | None:
     """The fewest steps at which a model (any student by default) is as good as its teacher; None where there are none.
 
-    As good: indistinguishable at a number of images that could have told, or better. Of several at the same number of steps the
-    first in the table is given, as none of them is ranked.
+    As good: indistinguishable at a number of images that could have told, or better, and in no other quantity worse. Of several
+    at the same number of steps the first in the table is given, as none of them is ranked.
     """
     return _enough(verdicts(results, n, model))
 
 
 def _enough(found: Iterable[Verdict]) -> Verdict | None:
-    return min((v for v in found if v.kind != "worse" and v.resolved), key=lambda v: v.cell.steps, default=None)
+    return min((v for v in found if v.as_good), key=lambda v: v.cell.steps, default=None)
 
 
 @dataclass(frozen=True)
@@ -208,7 +218,7 @@ def _answer(results: Results, n: int | None, model: str) -> Answer | None:
     if not found:
         return None
     best, size, than = _enough(found), f"N = {found[0].n:,}", f"the teacher at {_steps(teacher)}"
-    worse = [v.cell.steps for v in found if v.kind == "worse"]
+    worse = [v.cell.steps for v in found if v.falls_short]
     if best is not None:
         said = "indistinguishable from" if best.kind == "indistinguishable" else "better than"
         others = _counts(steps for steps in worse if steps != best.cell.steps)
@@ -217,7 +227,11 @@ def _answer(results: Results, n: int | None, model: str) -> Answer | None:
             model, _steps(best.cell), f"{text}; {others} distinguishable" if others else text, best, tuple(found)
         )
     if len(worse) == len(found):
-        text = f"distinguishable from {than} at {size}, and worse: {_counts(worse)}"
+        near = min(found, key=lambda v: v.difference)
+        text = (
+            f"distinguishable from {than} at {size}, and worse: {_counts(worse)}; the nearest is {_steps(near.cell)} at guidance "
+            f"{near.cell.guidance:g}: {near.span()}{near.aside()}"
+        )
         return Answer(model, f"not at {_counts(worse).replace(' and ', ' or ')}", text, None, tuple(found))
     return Answer(model, "too few images to say", f"{size} is too few images to say", None, tuple(found))
 

@@ -79,7 +79,7 @@ class RunFolder:
             saved, now = flat_yaml(config.read_text(encoding="utf-8")), flat_yaml(self.config_yaml)
             resumed_changes(binding(saved), binding(now), str(config))
         try:
-            _lock(self.path / LOCK)
+            lock(self.path / LOCK)
         except OSError as error:
             raise self._unusable(error) from error
         self._taken = True
@@ -100,8 +100,11 @@ class RunFolder:
         return InputError(f"expected a folder to write to, got {str(self.path)!r}: {error}; fix --output_dir")
 
 
-def _lock(path: Path) -> None:
-    """Locks a file that holds our process id. The system lets go of it when the process ends, by kill -9 too."""
+def lock(path: Path) -> None:
+    """Locks a file that holds our process id. The system lets go of it when the process ends, by kill -9 too.
+
+    Nothing happens where this process has it already. InputError where another one has it.
+    """
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     about = os.fstat(handle)
     if (about.st_dev, about.st_ino) in _held:  # an earlier Trainer of this process

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -29,10 +30,11 @@ def read(*words: str) -> BenchOptions:
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a student, a pipeline, prompts and pictures, where commands are run."""
     monkeypatch.chdir(tmp_path)
-    for name in ("run", "pipe", "photos", "empty", "stopped", "adapter"):
+    for name in ("run", "other", "pipe", "photos", "empty", "stopped", "adapter"):
         (tmp_path / name).mkdir()
     facts = {"takes": "prompt", "weights": {}}
-    (tmp_path / "run" / "stepdistill.json").write_text(json.dumps(facts))
+    for name in ("run", "other"):
+        (tmp_path / name / "stepdistill.json").write_text(json.dumps(facts))
     (tmp_path / "pipe" / "model_index.json").write_text("{}")
     (tmp_path / "stopped" / "config.yaml").write_text("")
     (tmp_path / "adapter" / "pytorch_lora_weights.safetensors").write_text("")
@@ -41,10 +43,10 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_demo_needs_a_teacher_alone(place: Path) -> None:
-    found = read("--teacher", "demo", "--student", "./run", "--student", "./run")
+    found = read("--teacher", "demo", "--student", "./run", "--student", "./other")
     assert (found.prompts, found.data, found.features, found.num_images) == ("demo", "demo", "demo", 1200)
-    assert found.students == ("./run", "./run") and found.steps == (1, 2, 4, 8) and found.guidance == ()
-    assert (found.teacher_steps, found.teacher_guidance) == (50, (2.0,))
+    assert found.students == ("./run", "./other") and found.steps == (1, 2, 4, 8) and found.guidance == ()
+    assert (found.teacher_steps, found.teacher_guidance) == (50, (1.5,))
     assert (found.diversity, found.batch_sizes, found.output_dir) == ((40, 8), (1,), "bench")
 
 
@@ -78,6 +80,24 @@ def test_lists_and_numbers(place: Path) -> None:
     assert (found.steps, found.guidance, found.teacher_guidance) == ((4, 2), (1.0, 1.5), (3.0, 1.0))
     assert (found.batch_sizes, found.metrics, found.diversity) == ((2, 1), ("cmmd", "coverage"), (0, 0))
     assert (found.seed, found.resolution, found.num_images) == (7, 96, 20)
+    # what a cell's name doesn't tell apart is one cell
+    assert read("--teacher", "demo", "--guidance", "1,1.0000001,1.23456789").guidance == (1.0, 1.23457)
+
+
+def test_a_folder_that_is_no_ones_to_write_to(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Path] = []
+
+    def access(path: Path, mode: int) -> bool:
+        asked.append(path)
+        return mode == os.R_OK
+
+    monkeypatch.setattr(os, "access", access)
+    for given in ("photos/new/one", "photos"):
+        with pytest.raises(
+            InputError, match=rf"to write to, got .*photos in --output_dir {given}; fix its permissions"
+        ):
+            read("--teacher", "demo", "--output_dir", given)
+    assert asked == [place / "photos"] * 2
 
 
 @pytest.mark.parametrize(
@@ -105,7 +125,8 @@ def test_lists_and_numbers(place: Path) -> None:
         (["--prompts", "none.txt"], "got nothing at --prompts none.txt"),
         (["--data", "./none"], "got nothing at --data ./none"),
         (["--data", "none.safetensors"], "got nothing at --data"),
-        (["--output_dir", "prompts.txt"], "got a file at --output_dir"),
+        (["--output_dir", "prompts.txt"], "got a file at .*prompts.txt in --output_dir prompts.txt"),
+        (["--output_dir", "prompts.txt/x/y"], "got a file at .*prompts.txt in --output_dir prompts.txt/x/y"),
         (["--student", "./none"], "got nothing at --student ./none"),
         (["--student", "./prompts.txt"], "got nothing at --student"),
         (
@@ -115,12 +136,33 @@ def test_lists_and_numbers(place: Path) -> None:
         (["--student", "./stopped"], "got a training without an export; stepdistill export ./stopped"),
         (["--student", "./adapter"], "an adapter of another tool"),
         (["--student", "./pipe"], "expected --guidance with --student ./pipe"),
-        (["--student", "org/turbo"], "expected --guidance with --student org/turbo"),
+        (["--student", "org/turbo"], "got nothing at --student org/turbo; fix the path, or .* hub say its --guidance"),
+        (
+            ["--student", "./run", "--student", "photos/../run/"],
+            "student once, got --student ./run and --student photos/",
+        ),
+        (["--student", "org/a", "--student", "org/a", "--guidance", "1"], "each student once"),
+        (["--student", "demo", "--guidance", "1"], "expected a student, got the teacher at --student demo"),
     ],
 )
 def test_wrong_flags(place: Path, words: list[str], message: str) -> None:
     with pytest.raises(InputError, match=message):
         read("--teacher", "demo", *words)
+
+
+def test_what_is_the_teacher_and_what_is_a_run_of_its_name(place: Path) -> None:
+    given = ["--prompts", "prompts.txt", "--data", "demo", "--guidance", "1", "--teacher"]
+    with pytest.raises(InputError, match="got the teacher at --student pipe"):
+        read(*given, "./pipe", "--student", "pipe")
+    with pytest.raises(InputError, match="got the teacher at --student org/sd"):
+        read(*given, "org/sd", "--student", "org/sd")
+    (place / "demo").mkdir()  # as the teacher that ships is called
+    (place / "demo" / "model_index.json").write_text("{}")
+    with pytest.raises(InputError, match="got the teacher at --student demo"):
+        read(*given, "demo", "--student", "demo")
+    (place / "demo" / "stepdistill.json").write_text(json.dumps({"takes": "prompt", "weights": {}}))
+    for path in ("demo", "./demo"):
+        assert read(*given, "demo", "--student", path).students == (path,)
 
 
 def test_facts_that_are_none(place: Path) -> None:

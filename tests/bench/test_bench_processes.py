@@ -41,25 +41,29 @@ def from_outside(tmp_path: Path) -> Callable[[Path], list[str]]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="gloo over torchrun, and SIGKILL")
-def test_two_processes_and_a_killed_sweep_end_like_an_undisturbed_one(from_outside: Any, tmp_path: Path) -> None:
-    done = launched(from_outside(tmp_path / "one"))
-    assert done.returncode == 0, done.stderr
-    done = launched(from_outside(tmp_path / "two"), processes=2)
-    assert done.returncode == 0, done.stderr
-    moment = random.Random(time.time_ns()).randrange(14)  # of 15 batches
-    done = launched(from_outside(tmp_path / "killed"), DIE_AFTER=str(moment))
-    assert done.returncode == -9, f"not killed after {moment} batches: {done.stderr}"
-    finished = {path: path.read_bytes() for path in (tmp_path / "killed").rglob("samples.safetensors")}
-    done = launched(from_outside(tmp_path / "killed"))
-    assert done.returncode == 0, done.stderr
-    assert all(path.read_bytes() == data for path, data in finished.items())
+def test_two_processes_and_killed_sweeps_end_like_an_undisturbed_one(from_outside: Any, tmp_path: Path) -> None:
+    """Of 15 batches; each launch is of so many processes, which all die after so many batches of their own."""
+    moments = random.Random(seed := time.time_ns())
+    launches: dict[str, list[tuple[int, int | None]]] = {
+        "one": [(1, None)],
+        "two": [(2, None)],
+        "killed": [(1, moments.randrange(14)), (1, None)],
+        "mixed": [(2, moments.randrange(6)), (1, moments.randrange(2)), (2, None)],
+    }
+    for name, takes in launches.items():
+        for processes, after in takes:
+            finished = {path: path.read_bytes() for path in (tmp_path / name).rglob("samples.safetensors")}
+            environment = {} if after is None else {"DIE_AFTER": str(after)}
+            done = launched(from_outside(tmp_path / name), processes, **environment)
+            assert (done.returncode == 0) == (after is None), f"{takes}: {done.stderr}"
+            assert all(path.read_bytes() == data for path, data in finished.items())
     one = json.loads((tmp_path / "one" / "results.json").read_text())
-    for other in ("two", "killed"):
-        found = json.loads((tmp_path / other / "results.json").read_text())
+    for name in launches:
+        found = json.loads((tmp_path / name / "results.json").read_text())
         alike(one["quality"], found["quality"])
         alike(one["samples"], found["samples"])
         assert found["fingerprint"] == one["fingerprint"]
-    assert files_of(tmp_path / "killed" / "cells") == files_of(tmp_path / "one" / "cells"), f"after {moment} batches"
+        assert files_of(tmp_path / name / "cells") == files_of(tmp_path / "one" / "cells"), f"{name}, seed {seed}"
 
 
 def alike(a: Any, b: Any) -> None:

@@ -94,10 +94,17 @@ def test_markdown_lines_up_and_says_everything() -> None:
         assert words in text
 
 
-@pytest.mark.parametrize(("ours", "best", "clear"), [(2.01, 20.0, True), (1.99, 20.0, False), (20.0, 1.99, False)])
-def test_no_ratio_within_five_deviations_of_the_floor(ours: float, best: float, clear: bool) -> None:
-    text = markdown(results(row(fd=best), row("student", fd=ours)))
+@pytest.mark.parametrize(("ours", "clear"), [(2.01, True), (1.99, False)])
+def test_no_ratio_within_five_deviations_of_the_floor(ours: float, clear: bool) -> None:
+    text = markdown(results(row(fd=20.0), row("student", fd=ours)))
     assert any(UNCLEAR in cell for line in cells(text) for cell in line) == (not clear)
+
+
+@pytest.mark.parametrize(("best", "clear"), [(2.01, True), (1.99, False)])
+def test_without_any_ratio_there_is_no_column_for_them(best: float, clear: bool) -> None:
+    text = markdown(results(row(fd=best), row("student", fd=20.0)))
+    assert ("x teacher's best" in cells(text)[0]) == clear
+    assert ("- No ratios of distances: the teacher's lowest is less than 5 standard" in text) == (not clear)
 
 
 def test_a_column_is_there_if_something_was_measured_for_it() -> None:
@@ -110,6 +117,12 @@ def test_a_column_is_there_if_something_was_measured_for_it() -> None:
     assert "x teacher's best" not in text and "against the teacher" not in text
     nothing = markdown(results(bare, protocol={"features": {"name": "f", "hash": "h"}}))
     assert "real images score" not in nothing
+
+
+@pytest.mark.parametrize(("dim", "said"), [(10, False), (11, True)])
+def test_too_few_images_for_the_features_are_said(dim: int, said: bool) -> None:
+    text = markdown(results(row("teacher", 50, 20.0), protocol={"features": {"name": "f", "hash": "h", "dim": dim}}))
+    assert (f"N = 100 is fewer than 10 images for each of the {dim} dimensions" in text) == said
 
 
 def test_a_model_called_like_a_table_breaks_none() -> None:

@@ -73,7 +73,7 @@ def test_quantities_of_either_file_are_shown() -> None:
 
 def test_one_student_each_is_the_same_student_by_another_name() -> None:
     teacher, renamed = Cell(TEACHER, 4, 1.0), Cell("new", 4, 1.0)
-    a, b = results(row(), row(cell=teacher)), results(row(cell=renamed), row(cell=teacher))
+    a, b = results(row(), row(cell=teacher)), results(row(9.0, cell=renamed), row(cell=teacher))
     found = compare(a, b)
     assert [(p.cell.model, p.other.model) for p in found.pairs] == [("s", "new"), (TEACHER, TEACHER)]
     assert found.only_a == found.only_b == () and "s / new" in found.text()
@@ -285,3 +285,17 @@ def test_a_whole_sweep_against_itself_and_against_a_worse_one() -> None:
     assert compare(a, a).warnings == [] and failed(rules, a, a) == [] and undecided(rules, a, a) == []
     worse = replace(a, quality=[replace(r, values={**r.values, "accuracy/shape": Value(0.0)}) for r in a.quality])
     assert len(failed(rules, a, worse)) == len(a.quality)
+
+
+def test_what_is_equal_and_single_attributes_are_not_listed() -> None:
+    ours = row(14.0, recall=Value(0.25), **{"accuracy/shape": Value(0.5)})
+    text = compare(results(ours), results(row(15.0, recall=Value(0.25), **{"accuracy/shape": Value(0.75)}))).text()
+    assert "recall" not in text and "shape" not in text and "| Frechet distance |" in text
+    assert text.splitlines()[-1] == "1 number is equal in both files."
+    assert compare(results(ours), results(ours)).text() == "2 numbers are equal in both files.\n"
+
+
+def test_of_many_cells_some_are_named() -> None:
+    many = [replace(row(14.0), n=n) for n in range(2, 9)]
+    (line,) = compare(results(*many), results(many[0])).warnings
+    assert line.startswith("Only in the first: ") and line.count("(N = ") == 4 and line.endswith(" and 2 more")

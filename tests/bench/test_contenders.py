@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from students import full_student_of, opened, student_of
 from sweeping import small_plan, teacher_of
 from tiny import tiny_pipeline
@@ -94,10 +96,11 @@ def test_a_pipeline_without_our_facts_is_a_student_too(base: Path, tmp_path: Pat
 
 
 def test_names_are_files_and_their_own(base: Path, lora: Path, tmp_path: Path) -> None:
-    for name in ("teacher", "a b", "a_b"):
-        shutil.copytree(lora, tmp_path / name)
-    paths = [str(tmp_path / name) for name in ("teacher", "a b", "a_b")]
-    assert [c.name for c in open_contenders(str(base), paths)][1:] == ["teacher-2", "a_b", "a_b-2"]
+    names = ("Teacher", "a b", "a_b", "A_b")  # some disks don't tell the last two apart
+    for number, name in enumerate(names):
+        shutil.copytree(lora, tmp_path / str(number) / name)
+    paths = [str(tmp_path / str(number) / name) for number, name in enumerate(names)]
+    assert [c.name for c in open_contenders(str(base), paths)][1:] == ["Teacher-2", "a_b", "a_b-2", "A_b-3"]
 
 
 def test_a_students_base_is_the_teacher_by_its_name(base: Path, lora: Path, tmp_path: Path) -> None:
@@ -106,10 +109,12 @@ def test_a_students_base_is_the_teacher_by_its_name(base: Path, lora: Path, tmp_
     shutil.copytree(base, moved)
     teacher, student = open_contenders(str(moved), [str(lora)])
     assert student.pipe.vae is teacher.pipe.vae
-    other = tiny_pipeline(tmp_path / "other", seed=4)
-    teacher, student = open_contenders(str(other), [str(lora)])
-    assert student.pipe.vae is not teacher.pipe.vae
-    assert torch.equal(predicted(student), predicted(open_contenders(str(base), [str(lora)])[1]))
+    expected = predicted(open_contenders(str(base), [str(lora)])[1])
+    for name in ("other", f"others/{base.name}"):  # of another name, and of the same one in another folder
+        other = tiny_pipeline(tmp_path / name, seed=4)
+        teacher, student = open_contenders(str(other), [str(lora)])
+        assert student.pipe.vae is not teacher.pipe.vae
+        assert torch.equal(predicted(student), expected)
     gone = tmp_path / "run"
     shutil.copytree(lora, gone)
     change(gone, lambda facts: facts["base_model"].update(name="x", path=str(tmp_path / "gone")))
@@ -137,8 +142,16 @@ def test_times_come_from_the_facts_where_the_scheduler_has_others(base: Path, lo
     assert student.schedule(4) == {}  # the scheduler visits them by itself
     student = Contender("x", student.pipe, "", {**student.facts, "timesteps": {"2": [999, 259]}})
     assert student.schedule(2) == {"timesteps": [999, 259]} and student.schedule(4) == {}
-    student = Contender("x", student.pipe, "", {"sigmas": {"2": [1.0, 0.5]}})
-    assert student.schedule(2) == {"sigmas": [1.0, 0.5]}
+    with pytest.raises(
+        InputError, match="take the sigmas that stepdistill.json of --student x has, got .*LCMScheduler"
+    ):
+        Contender("x", student.pipe, "", {"sigmas": {"2": [1.0, 0.5]}}).schedule(2)
+    flow = copy.copy(student.pipe)
+    flow.register_modules(scheduler=FlowMatchEulerDiscreteScheduler())
+    assert Contender("x", flow, "", {"sigmas": {"2": [1.0, 0.5]}}).schedule(2) == {"sigmas": [1.0, 0.5]}
+    bare = teacher_of(base).pipe  # its scheduler takes no times but its own
+    with pytest.raises(InputError, match="take the timesteps .*got StableDiffusionPipeline and DDIMScheduler"):
+        Contender("x", bare, "", {"timesteps": {"2": [999, 259]}}).schedule(2)
     seen: list[int] = []
     given = Contender("x", student.pipe, "", {"timesteps": {"2": [999, 259]}})
     handle = given.pipe.unet.register_forward_pre_hook(
@@ -211,6 +224,7 @@ def test_sdxl_is_compared_as_well(tmp_path: Path) -> None:
             lambda run: change(run, lambda f: f.pop("weights")),
             r"of an export in --student .*, got one without 'weights'",
         ),
+        (lambda run: change(run, lambda f: f.pop("guidance_scale")), "got one without 'guidance_scale'"),
         (lambda run: change(run, lambda f: f.update(takes="nothing")), "text-to-image student .* takes nothing"),
     ],
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import pickle
 import sys
 import types
 from pathlib import Path
@@ -11,14 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from vision import MEAN, PROJECTION, SETTINGS, SIDE, STD, WIDTH, build, images, pixels, save
+from vision import PROJECTION, SIDE, WIDTH, build, images, pixels, save
 
-from stepdistill.bench import extractors, towers
+from stepdistill.bench import towers
 from stepdistill.bench.extractors import InceptionFeatures, VisionFeatures, open_features
 from stepdistill.bench.features import JudgeFeatures, hash_weights
 from stepdistill.bench.judge import Judge
-from stepdistill.bench.preprocessing import Preprocessing
 from stepdistill.errors import InputError
 from stepdistill.families.loading import DEMO_JUDGE
 
@@ -31,6 +29,7 @@ KINDS = {
     "unprojected": lambda model, x: model(x).pooler_output,
     "siglip": lambda model, x: model.vision_model(pixel_values=x).pooler_output,
     "convnext": lambda model, x: model.layernorm(model(x).last_hidden_state.mean((2, 3))),
+    "resnet": lambda model, x: model(x).last_hidden_state.mean((2, 3)),
 }
 
 
@@ -54,15 +53,47 @@ def test_features_are_those_of_the_stock_model(folders: dict[str, Path], kind: s
     assert extractor.name == str(folders[kind])
 
 
-@pytest.mark.parametrize("kind", ["dinov2", "clip", "convnext"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_features_do_not_depend_on_the_batch(folders: dict[str, Path], kind: str) -> None:
-    batch = images(7)
+    """To 1e-6 of their length."""
+    batch, extractor = images(7), VisionFeatures(str(folders[kind]), batch_size=4)
     whole = VisionFeatures(str(folders[kind]))(batch)
-    for size in (1, 3):
-        torch.testing.assert_close(VisionFeatures(str(folders[kind]), size)(batch), whole, rtol=1e-6, atol=1e-6)
-    extractor = VisionFeatures(str(folders[kind]), batch_size=4)
-    torch.testing.assert_close(torch.cat([extractor(batch[:5]), extractor(batch[5:])]), whole, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(extractor(batch[::-1].copy()), whole.flip(0), rtol=1e-6, atol=1e-6)
+    others = [VisionFeatures(str(folders[kind]), size)(batch) for size in (1, 3)]
+    others += [torch.cat([extractor(batch[:5]), extractor(batch[5:])]), extractor(batch[::-1]).flip(0)]
+    for features in others:
+        assert ((features - whole).norm(dim=1) / whole.norm(dim=1)).max() < 1e-6
+
+
+def test_arrays_as_pillow_makes_them(folders: dict[str, Path]) -> None:
+    """Read-only, and mirrored without a copy."""
+    batch = images(2)
+    batch.setflags(write=False)
+    extractor = VisionFeatures(str(folders["dinov2"]))
+    mirrored = extractor(batch[:, :, ::-1])
+    torch.testing.assert_close(mirrored, extractor(batch[:, :, ::-1].copy()))
+    assert not torch.allclose(mirrored, extractor(batch))
+
+
+def test_convolutions_are_not_rounded_on_a_gpu(folders: dict[str, Path], inception: Any) -> None:
+    seen: list[tuple[bool, bool, bool]] = []
+
+    def look(*_: Any) -> None:
+        cudnn = torch.backends.cudnn
+        seen.append((cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark))
+
+    vision, fidelity = VisionFeatures(str(folders["dinov2"])), InceptionFeatures()
+    for module in (vision.module, fidelity._net):
+        module.register_forward_pre_hook(look)
+    vision(images(1)), fidelity(images(1))
+    assert seen == [(False, True, False)] * 2
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_batches_of_none(folders: dict[str, Path], inception: Any, size: int) -> None:
+    with pytest.raises(ValueError, match="batch_size >= 1"):
+        VisionFeatures(str(folders["dinov2"]), size)
+    with pytest.raises(ValueError, match="batch_size >= 1"):
+        InceptionFeatures(size)
 
 
 def test_a_dark_picture_among_others_is_a_picture(folders: dict[str, Path]) -> None:
@@ -102,10 +133,32 @@ def test_weights_hash(folders: dict[str, Path], tmp_path: Path) -> None:
     for kind in ("dinov2", "classifier"):
         assert VisionFeatures(str(folders[kind])).weights_hash == VisionFeatures(str(folders[kind])).weights_hash
     model = build("dinov2")
-    assert VisionFeatures(str(folders["dinov2"])).weights_hash == hash_weights(model)
+    expected = VisionFeatures(str(folders["dinov2"]))
+    assert expected.weights_hash == hash_weights(model, expected.preprocessing.identity())
+    assert expected.weights_hash == VisionFeatures(str(save(model, tmp_path / "copy"))).weights_hash
     with torch.no_grad():
         model.layernorm.bias.view(-1)[0] += 1e-3
-    assert VisionFeatures(str(save(model, tmp_path))).weights_hash != hash_weights(build("dinov2"))
+    assert VisionFeatures(str(save(model, tmp_path / "other"))).weights_hash != expected.weights_hash
+
+
+def test_another_resize_is_another_extractor(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Of the same weights: or statistics of real images would be taken for those of generated ones resized otherwise."""
+    bicubic, bilinear = (
+        VisionFeatures(str(path)) for path in (folders["vit"], save(build("vit"), tmp_path, resample=2))
+    )
+    assert not torch.allclose(bicubic(images(2)), bilinear(images(2)), rtol=1e-3, atol=1e-3)
+    assert bicubic.weights_hash != bilinear.weights_hash
+
+
+def test_sizes_that_a_checkpoint_without_a_resize_does_not_take(folders: dict[str, Path], tmp_path: Path) -> None:
+    extractor = VisionFeatures(str(save(build("vit"), tmp_path, do_resize=False, size=None, resample=None)))
+    fits = images(2, SIDE)
+    torch.testing.assert_close(extractor(fits), VisionFeatures(str(folders["vit"]))(fits))
+    with pytest.raises(InputError, match=r"takes images of 48x64 at --features .*48\*64"):
+        extractor(images(2, 48, 64))
+    with pytest.raises(ValueError, match="expected a NumPy array of uint8") as error:
+        extractor(images(2).astype(np.float32))
+    assert not isinstance(error.value, InputError)
 
 
 # --- what is no vision model
@@ -150,120 +203,22 @@ def test_a_missing_weight_is_not_drawn_at_random(tmp_path: Path) -> None:
     tensors = load_file(file)
     tensors.pop("layernorm.bias")
     save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(InputError, match=r"1 tensors missing from .* first layernorm.bias"):
+    with pytest.raises(InputError, match=r"vision model at --features .* lacks 1 tensors, first layernorm.bias"):
         VisionFeatures(str(tmp_path))
 
 
-# --- resize and normalisation
-
-
-def look(**settings: Any) -> Preprocessing:
-    given = {key: value for key, value in {**SETTINGS, **settings}.items() if value is not None}
-    return Preprocessing.read(given, "here", "fix it")
-
-
-def normal(resized: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy((resized / 255 - np.array(MEAN)) / np.array(STD)).float().permute(2, 0, 1)
-
-
-@pytest.mark.parametrize("resample", [Image.Resampling.BILINEAR, Image.Resampling.BICUBIC])
-@pytest.mark.parametrize(("height", "width"), [(64, 64), (20, 20), (48, 96)])
-def test_a_square_by_pillow(height: int, width: int, resample: Image.Resampling) -> None:
-    batch = images(2, height, width)
-    torch.testing.assert_close(look(resample=int(resample))(batch), pixels(batch, SIDE, resample), rtol=0, atol=1e-6)
-
-
-def test_the_resize_is_antialiased() -> None:
-    """One-pixel stripes made four times smaller are grey; picking pixels would leave stripes, or one colour."""
-    stripes = np.zeros((1, 128, 128, 3), dtype=np.uint8)
-    stripes[:, :, ::2] = 255
-    found = look(image_mean=(0, 0, 0), image_std=(1, 1, 1))(stripes)
-    assert (found[..., 2:-2] - 0.5).abs().max() < 0.02
-
-
-def test_shorter_side_then_the_centre() -> None:
-    (image,) = batch = images(1, 40, 60)
-    found = look(size={"shortest_edge": 36}, crop_size={"height": 30, "width": 32}, do_center_crop=True)(batch)
-    resized = np.asarray(Image.fromarray(image).resize((54, 36), Image.Resampling.BICUBIC))
-    torch.testing.assert_close(found[0], normal(resized[3:33, 11:43]), rtol=0, atol=1e-6)
-    torch.testing.assert_close(look(size=36, crop_size=32)(batch)[0], normal(resized[2:34, 11:43]), rtol=0, atol=1e-6)
-    uncropped = look(size={"shortest_edge": 36}, crop_size=32, do_center_crop=False)(batch)
-    torch.testing.assert_close(uncropped[0], normal(resized), rtol=0, atol=1e-6)
-
-
-def test_a_number_is_a_square_where_nothing_is_cropped() -> None:
-    assert look(size=24)(images(1, 40, 60)).shape == (1, 3, 24, 24)
-    assert look(size=[24, 30])(images(1, 40, 60)).shape == (1, 3, 24, 30)
-
-
-def test_the_share_that_convnext_keeps() -> None:
-    (image,) = batch = images(1, 40, 60)
-    found = look(size={"shortest_edge": 28}, crop_pct=0.875)(batch)[0]
-    resized = np.asarray(Image.fromarray(image).resize((48, 32), Image.Resampling.BICUBIC))
-    torch.testing.assert_close(found, normal(resized[2:30, 10:38]), rtol=0, atol=1e-6)
-    assert look(size=384, crop_pct=0.875)(batch).shape == (1, 3, 384, 384)
-
-
-def test_steps_can_be_off() -> None:
-    (image,) = batch = images(1, 20)
-    torch.testing.assert_close(look(do_resize=False, size=None)(batch)[0], normal(image), rtol=0, atol=1e-6)
-    plain = look(do_resize=False, do_normalize=False, do_rescale=False, image_mean=None, image_std=None)(batch)[0]
-    assert torch.equal(plain, torch.from_numpy(image).float().permute(2, 0, 1))
-    scaled = look(rescale_factor=None, do_normalize=False, do_resize=False)(batch)[0]
-    torch.testing.assert_close(scaled, plain / 255)
-    with pytest.raises(ValueError, match="to crop"):
-        look(do_resize=False, crop_size=32)(batch)
-
-
-@pytest.mark.parametrize(
-    ("change", "found"),
-    [
-        ({"size": None}, "no 'size'"),
-        ({"image_mean": None}, "no 'image_mean'"),
-        ({"image_std": None}, "no 'image_std'"),
-        ({"image_std": [0.5]}, "1 channels"),
-        ({"size": {"longest_edge": 32}}, "longest_edge"),
-        ({"size": {"height": 32}}, "height"),
-        ({"size": 0}, "the size"),
-        ({"size": "large"}, "."),
-        ({"resample": 77}, "77"),
-        ({"do_pad": True}, "do_pad"),
-        ({"rescale_offset": True}, "rescale_offset"),
-        ({"do_center_crop": True}, "no 'crop_size'"),
-    ],
-)
-def test_settings_that_are_missing_or_not_understood(change: dict[str, Any], found: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=found) as error:
-        VisionFeatures(str(save(build("dinov2"), tmp_path, **change)))
-    assert "--features" in str(error.value) and "preprocessor_config.json" in str(error.value)
-
-
-def test_resample_is_bicubic_by_default() -> None:
-    assert look(resample=None).resample == Image.Resampling.BICUBIC
-
-
-def test_settings_beside_the_model_or_in_the_processors_file(folders: dict[str, Path], tmp_path: Path) -> None:
-    own = save(build("dinov2"), tmp_path) / "preprocessor_config.json"
-    settings = json.loads(own.read_text(encoding="utf-8"))
-    own.unlink()
-    with pytest.raises(InputError, match=r"preprocessor_config.json at --features .* got none"):
+def test_weights_of_another_size(tmp_path: Path) -> None:
+    config = save(build("dinov2"), tmp_path) / "config.json"
+    config.write_text(config.read_text(encoding="utf-8").replace('"mlp_ratio": 4', '"mlp_ratio": 3'), encoding="utf-8")
+    with pytest.raises(
+        InputError, match="a vision model at --features .* tensors of other shapes .*, first encoder.*mlp"
+    ):
         VisionFeatures(str(tmp_path))
-    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": settings}), encoding="utf-8")
-    batch = images(2)
-    torch.testing.assert_close(VisionFeatures(str(tmp_path))(batch), VisionFeatures(str(folders["dinov2"]))(batch))
 
 
-@pytest.mark.parametrize("kind", ["clip", "vit", "convnext"])
-@pytest.mark.parametrize(("height", "width"), [(64, 64), (300, 260)])
-def test_as_the_image_processors_that_use_pillow(kind: str, height: int, width: int, tmp_path: Path) -> None:
-    module = pytest.importorskip(f"transformers.models.{kind}.image_processing_pil_{kind}")
-    names = {"clip": "CLIPImageProcessorPil", "vit": "ViTImageProcessorPil", "convnext": "ConvNextImageProcessorPil"}
-    size = {"size": {"shortest_edge": 56}} if kind == "convnext" else {}
-    processor, batch = module.__dict__[names[kind]](**size), images(2, height, width)
-    processor.save_pretrained(str(tmp_path))
-    settings = json.loads((tmp_path / "preprocessor_config.json").read_text(encoding="utf-8"))
-    expected = processor([Image.fromarray(image) for image in batch], return_tensors="pt")["pixel_values"]
-    torch.testing.assert_close(Preprocessing.read(settings, "here", "")(batch), expected, rtol=0, atol=2e-6)
+def test_the_probe_looks_twice_at_a_picture_that_fits(tmp_path: Path) -> None:
+    """A checkpoint without a resize is probed at its own size, not at one that it would refuse."""
+    assert VisionFeatures(str(save(build("vit"), tmp_path, do_resize=False))).dim == WIDTH
 
 
 # --- the other extractors
@@ -307,13 +262,29 @@ def test_inception_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> Non
         open_features("inception")
 
 
-def test_inception_without_weights(inception: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def offline(*_: Any) -> None:
-        raise OSError("no network")
+def test_inception_whose_torchvision_is_for_another_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken:
+        def find_spec(self, name: str, *_: Any) -> None:
+            if name.startswith("torch_fidelity"):
+                raise RuntimeError("operator torchvision::nms does not exist")
 
-    monkeypatch.setattr(inception, "FeatureExtractorInceptionV3", offline)
-    with pytest.raises(InputError, match="weights for --features inception, got: no network"):
+    monkeypatch.delitem(sys.modules, "torch_fidelity", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    with pytest.raises(
+        InputError, match=r"nms does not exist; pip install 'stepdistill\[inception\]'.*fits your torch"
+    ):
         InceptionFeatures()
+
+
+def test_inception_without_weights(inception: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for error in (OSError("no network"), EOFError("no network"), pickle.UnpicklingError("no network")):
+
+        def fail(*_: Any, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr(inception, "FeatureExtractorInceptionV3", fail)
+        with pytest.raises(InputError, match="weights for --features inception, got: no network; .*checkpoints"):
+            InceptionFeatures()
 
 
 def test_open_features(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,6 +293,6 @@ def test_open_features(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
     assert isinstance(shipped, JudgeFeatures) and shipped.weights_hash == hash_weights(Judge.load(DEMO_JUDGE))
     judge = Judge({"shape": 3}, 16, 4, 6)
     assert open_features("demo", judge).weights_hash == hash_weights(judge)
-    assert isinstance(open_features(str(folders["vit"])), extractors.VisionFeatures)
+    assert isinstance(open_features(str(folders["vit"])), VisionFeatures)
     with pytest.raises(InputError, match="64x64 images for --features demo, got 48x48.*give --features a vision model"):
         shipped(images(2))

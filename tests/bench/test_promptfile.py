@@ -41,6 +41,7 @@ FILES = {
     "windows.txt": "\r\n".join(PROMPTS) + "\r\n",
     "mac.txt": "\r".join(PROMPTS),
     "marked.txt": "\ufeff" + "\n".join(PROMPTS) + "\n\n \n",
+    "joined.txt": "\ufeff" + "\n".join(PROMPTS[:2]) + "\n\ufeff" + "\n".join(PROMPTS[2:]),
     "blanks.txt": "\n".join(f"  {p}\t" for p in PROMPTS),
     "LOUD.TXT": "\n".join(PROMPTS),
     "a.jsonl": rows(),
@@ -48,7 +49,8 @@ FILES = {
     "prompt.jsonl": "\ufeff" + rows("prompt") + "\n\n",
     "a.csv": table(),
     "caption.csv": table("caption").replace("\n", "\r\n"),
-    "prompt.csv": "\ufeff" + table("prompt") + "\n\n",
+    "prompt.csv": "\ufeff" + table("prompt") + "\n \n\t\n",
+    "spaced.csv": table(" text "),
 }
 
 
@@ -83,7 +85,7 @@ def test_a_quoted_prompt_over_two_lines(write: Any) -> None:
 
 @pytest.mark.parametrize("count", [6, 1000])
 def test_too_few_are_not_repeated(write: Any, count: int) -> None:
-    with pytest.raises(InputError, match=f"--num_images {count}, got 5 in .*add prompts to the file"):
+    with pytest.raises(InputError, match=f"--num_images {count}, got 5 in --prompts .*a.txt.*add prompts to the file"):
         read_prompts(write("a.txt", FILES["a.txt"]), count)
 
 
@@ -104,13 +106,17 @@ def test_a_count_of_none(spec: str, count: int) -> None:
         ("a.csv", 'id,text\n1,"one\nmore"\n2,\n3,two\n', 4),
         ("a.csv", "id,text\n1,one\n2,\n", 3),
         ("a.csv", 'text\none\n"  "\n', 3),
+        ("a.csv", "id,text\n1,one\n  \n2,two\n", 3),
+        ("a.csv", "id,text\n1,one\n,\n2,two\n", 3),
+        ("a.txt", "one\n\ufeff\ntwo", 2),
         ("a.jsonl", '{"text": "one"}\n\n{"text": "two"}\n', 2),
         ("a.jsonl", '{"text": "one"}\n{"text": " "}\n', 2),
     ],
 )
 def test_a_blank_prompt(write: Any, name: str, text: str, line: int) -> None:
-    with pytest.raises(InputError, match=f"line {line} of .*blank"):
-        read_prompts(write(name, text), 1)
+    path = write(name, text)
+    with pytest.raises(InputError, match=f"line {line} of --prompts '{path}', got a blank one; remove the line"):
+        read_prompts(path, 1)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +127,8 @@ def test_a_blank_prompt(write: Any, name: str, text: str, line: int) -> None:
         ("a.csv", "text\n", "got none"),
         ("a.csv", "", "one column"),
         ("a.jsonl", "", "got none"),
-        ("a.txt", "caf\xe9\n".encode("latin-1"), "UTF-8"),
+        ("a.txt", "caf\xe9\n".encode("latin-1"), "UTF-8 .* in line 1;"),
+        ("a.txt", "fox\r\ncat\rcaf\xe9\n".encode("latin-1"), "UTF-8 .* in line 3;"),
         ("a.csv", "text\nfox\n".encode("utf-16"), "UTF-8"),
         ("a.txt", "fox\n".encode("utf-16-le"), "zero bytes"),
         ("a.csv", "id,title\n1,fox\n", "first line.*id, title"),
@@ -135,13 +142,21 @@ def test_a_blank_prompt(write: Any, name: str, text: str, line: int) -> None:
         ("a.jsonl", '{"text": "fox"}\n{"text": 7}\n', "line 2 .*7"),
         ("a.jsonl", '{"text": null}\n', "line 1 .*None"),
         ("a.jsonl", '{"text": "\\ud83e fox"}\n', "line 1 "),
+        ("a.jsonl", '{"text": "fox\\u0000"}\n', "line 1 "),
         ("a.json", '{"text": "fox"}\n', "--prompts"),
         ("a", "fox\n", "--prompts"),
     ],
 )
 def test_files_that_are_no_prompts(write: Any, name: str, text: str | bytes, found: str) -> None:
-    with pytest.raises(InputError, match=found):
+    with pytest.raises(InputError, match=found) as error:
         read_prompts(write(name, text))
+    assert "--prompts" in str(error.value) and name in str(error.value)
+
+
+def test_the_home_folder(write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write("a.txt", FILES["a.txt"])
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert read_prompts("~/a.txt") == PROMPTS
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
@@ -162,7 +177,7 @@ def test_a_prompt_that_the_tokenizer_would_cut(write: Any) -> None:
     assert read_prompts(write("b.txt", fits), None, tokenizer()) == [fits.strip()]
     with pytest.raises(InputError, match=f"got {MAX_TOKENS + 1} in line 1"):
         read_prompts(write("c.txt", fits + "red"), None, tokenizer())
-    with pytest.raises(InputError, match="in line 3 of"):
+    with pytest.raises(InputError, match="in line 3 of --prompts '.*d.csv' .*; shorten it"):
         read_prompts(write("d.csv", f"text\nred\n{words}\n"), None, tokenizer())
 
 

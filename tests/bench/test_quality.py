@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -169,6 +170,12 @@ def test_quantities_that_are_asked_for(reference: Reference) -> None:
     assert values["coverage"] == Value(coverage(features.double(), real, 5))
     with pytest.raises(InputError, match="--metrics out of fd_infinity,cmmd,coverage, got fid"):
         Measure(reference, optional=("fid",))
+    few = replace(reference, features=reference.features[:5])
+    with pytest.raises(InputError, match="6 real images or more for --metrics coverage, got 5; give more --data"):
+        Measure(few, optional=("coverage",))
+    assert Measure(few).values(samples(features), N).keys() >= {"fd", "kid", "recall"}
+    few = replace(reference, features=reference.features[:6])
+    assert "coverage" in Measure(few, optional=("coverage",)).values(samples(features), N)
 
 
 @FEW
@@ -178,9 +185,12 @@ def test_too_few_for_a_radius(measure: Measure) -> None:
 
 
 def test_few_images_are_warned_of(reference: Reference) -> None:
-    wide = Reference(torch.zeros(41), torch.eye(41).double(), torch.zeros(9, 41), torch.empty(0, 41), {})
-    with pytest.warns(UserWarning, match="Frechet distance of 17 images in 41 dimensions"):
-        Measure(wide, resamples=2).values(samples(torch.randn(17, 41)), 17)
+    for n, count, few in ((17, 500, 17), (430, 19, 19)):  # of either kind
+        wide = Reference(
+            torch.zeros(41), torch.eye(41).double(), torch.zeros(9, 41), torch.empty(0, 41), {"count": count}
+        )
+        with pytest.warns(UserWarning, match=f"Frechet distance of {few} images in 41 dimensions"):
+            Measure(wide, resamples=2).values(samples(torch.randn(n, 41)), n)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -69,11 +69,16 @@ def test_all_features_where_there_are_few() -> None:
 def test_images_that_cant_be_read() -> None:
     order = list(Shades(200).order())
     found = Reference.measure(Corners(), Shades(200, bad=order[3:4] + order[-1:]), 8, held=50)
-    assert found.count == 149 and len(found.held) == 49
+    assert found.count == 148 and len(found.features) == 148
     torch.testing.assert_close(found.features[2:4], features_of([order[2], order[4]]).float())
+    # the one that is missing of those held out is made up for, or a sweep of 50 would have no floor
+    torch.testing.assert_close(found.held, features_of(order[149:199]).float())
     with pytest.raises(InputError, match=r"can be read in shades, got 3 that can't"):
         Reference.measure(Corners(), Shades(200, bad=order[:3]), 8)
-    with pytest.raises(InputError, match="2 real images or more in shades, of which 39 are held out, got 40"):
+    for where in (order[:2], order[2:4]):
+        with pytest.raises(InputError, match="2 real images or more beside 197 that are held out, got [01] in shades"):
+            Reference.measure(Corners(), Shades(200, bad=where), 8, held=197)
+    with pytest.raises(InputError, match="beside 39 that are held out, got 1 in shades; give more --data"):
         Reference.measure(Corners(), Shades(), 8, held=39)
 
 
@@ -88,6 +93,8 @@ def test_a_file_reads_back(tmp_path: Path) -> None:
     data = path.read_bytes()
     found.save(path)
     assert path.read_bytes() == data and [p.name for p in path.parent.iterdir()] == ["real.safetensors"]
+    with pytest.raises(InputError, match=r"expected to write '.*', got: .*or give another --make_reference"):
+        found.save(path / "x.safetensors", "--make_reference")
 
 
 def test_files_of_another_kind_or_extractor(tmp_path: Path) -> None:
@@ -161,5 +168,7 @@ def test_data_that_holds_no_images(tmp_path: Path) -> None:
     prompts.write_text("a cat\n")
     with pytest.raises(InputError, match="expected images in --data, got prompts"):
         DataImages(str(prompts))
+    with pytest.raises(InputError, match="2 real images or more in --data .*one, got 1; give more"):
+        DataImages(str(tiny_images(tmp_path / "one", count=1)))
     with pytest.raises(InputError, match="nothing there; give --data "):
         DataImages(str(tmp_path / "nothing"))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from vision import PROJECTION, build, images, pixels, save, tokenizer
+from vision import build, images, pixels, save, tokenizer
 
 from stepdistill.bench.features import Images, to_images, to_pixels
 from stepdistill.bench.judge import Judge
@@ -84,23 +86,57 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @torch.inference_mode()
 def raw(prompts: list[str], batch: Images) -> torch.Tensor:
-    """100 cos of every image with its prompt, as torchmetrics takes it from the whole model."""
+    """100 cos of every image with its prompt, by the logits of the whole model."""
     tokens = tokenizer()(prompts, padding=True, return_tensors="pt")
     model = build("clip")
     logits = model(pixel_values=pixels(batch), **tokens).logits_per_image
     return 100 * (logits / model.logit_scale.exp()).diagonal().double()
 
 
-def test_clip_score_is_torchmetrics_formula(clip: Path) -> None:
+class Parts:
+    """A CLIP as torchmetrics asks for it: embeddings themselves, which transformers 5 hands out among other outputs."""
+
+    def __init__(self) -> None:
+        self.model = build("clip")
+        self.config = self.model.config
+
+    def to(self, device: Any) -> Parts:
+        return self
+
+    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        found = self.model.get_image_features(pixel_values)
+        return found if isinstance(found, torch.Tensor) else found.pooler_output
+
+    def get_text_features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        found = self.model.get_text_features(input_ids, attention_mask)
+        return found if isinstance(found, torch.Tensor) else found.pooler_output
+
+
+@torch.inference_mode()
+def torchmetrics_scores(prompts: list[str], batch: Images) -> torch.Tensor:
+    """What torchmetrics gives for each image alone."""
+    from torchmetrics.functional.multimodal import clip_score
+
+    def processor(text: Any = None, images: Any = None, **options: Any) -> Any:
+        if text is not None:
+            return tokenizer()(text, **options)
+        return {"pixel_values": pixels(torch.stack(images).permute(0, 2, 3, 1).numpy())}
+
+    model, levels = Parts(), torch.from_numpy(batch).permute(0, 3, 1, 2)
+    values = [clip_score([x], [p], lambda: (model, processor)) for p, x in zip(prompts, levels, strict=True)]
+    return torch.stack(values).double()
+
+
+def test_clip_score_is_that_of_torchmetrics(clip: Path) -> None:
     scorer: Scorer = ClipScore(str(clip), batch_size=4)
     prompts, batch = PROMPTS * 4, images(24)
     scores, expected = scorer(prompts, batch), raw(prompts, batch)
     assert scorer.names == ("clip",) == tuple(scores)
     assert scores["clip"].dtype == torch.float64
-    assert (expected < -0.1).any() and (
-        expected > 0.1
-    ).any()  # the maximum with 0 has something to do, for each image alone
+    # the maximum with 0 has something to do, for each image alone
+    assert (expected < -0.1).any() and (expected > 0.1).any()
     torch.testing.assert_close(scores["clip"], expected.clamp(min=0), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(scores["clip"], torchmetrics_scores(prompts, batch), rtol=1e-5, atol=1e-4)
 
 
 def test_clip_score_is_each_images_own(clip: Path) -> None:
@@ -118,18 +154,38 @@ def test_long_prompts_are_cut_with_a_warning(clip: Path) -> None:
     scorer, batch = ClipScore(str(clip)), images(2)
     with pytest.warns(UserWarning, match="reads 24 tokens of a prompt: 1 of 2 prompts are longer"):
         scores = scorer(["a" * 200, "b"], batch)
-    torch.testing.assert_close(scores["clip"], scorer(["a" * 22, "b"], batch)["clip"])
+    fits = scorer(["a" * 22, "b"], batch)[
+        "clip"
+    ]  # beside the two tokens at its ends; no warning, which would be an error
+    torch.testing.assert_close(scores["clip"], fits)
+    with pytest.warns(UserWarning, match="1 of 1 prompts"):
+        scorer(["a" * 23], batch[:1])
 
 
-def test_hash_of_both_towers(clip: Path, tmp_path: Path) -> None:
-    first = ClipScore(str(clip)).weights_hash
-    assert first == ClipScore(str(clip)).weights_hash
-    model = build("clip")
-    with torch.no_grad():
-        model.text_projection.weight[0, 0] += 1
-    tokenizer().save_pretrained(str(save(model, tmp_path)))
-    assert first != ClipScore(str(tmp_path)).weights_hash
-    assert model.text_projection.weight.shape[0] == PROJECTION
+def test_hash_of_both_towers_and_the_resize(clip: Path, tmp_path: Path) -> None:
+    hashes = [ClipScore(str(clip)).weights_hash]
+    assert hashes[0] == ClipScore(str(clip)).weights_hash
+    for part in ("text_projection", "visual_projection", None):
+        model = build("clip")
+        if part is not None:
+            with torch.no_grad():
+                model.get_submodule(part).weight[0, 0] += 1
+        folder = save(model, tmp_path / str(part), resample=3 if part else 2)
+        tokenizer().save_pretrained(str(folder))
+        hashes.append(ClipScore(str(folder)).weights_hash)
+    assert len(set(hashes)) == 4
+
+
+def test_a_clip_in_half_precision_runs_in_float32(clip: Path, tmp_path: Path) -> None:
+    tokenizer().save_pretrained(str(save(build("clip").half(), tmp_path)))
+    scorer = ClipScore(str(tmp_path))
+    parts = (scorer._text, scorer._vision.module)
+    assert {p.dtype for part in parts for p in part.parameters()} == {torch.float32}
+    assert not any(p.requires_grad or part.training for part in parts for p in part.parameters())
+    batch = images(6)
+    torch.testing.assert_close(
+        scorer(PROMPTS, batch)["clip"], ClipScore(str(clip))(PROMPTS, batch)["clip"], rtol=0.02, atol=0.5
+    )
 
 
 def test_what_is_no_clip(tmp_path: Path) -> None:
@@ -138,8 +194,25 @@ def test_what_is_no_clip(tmp_path: Path) -> None:
             ClipScore(str(save(build(kind), tmp_path / kind)))
     with pytest.raises(InputError, match="--clip .*nothing of the kind"):
         ClipScore(str(tmp_path / "gone"))
-    with pytest.raises(InputError, match="token"):
-        ClipScore(str(save(build("clip"), tmp_path / "bare")))
+    bare = save(build("clip"), tmp_path / "bare")
+    with pytest.raises(InputError, match="--clip .*token"):
+        ClipScore(str(bare))
+    tokenizer("abc").save_pretrained(str(bare))
+    with pytest.raises(InputError, match=r"a tokenizer of \d+ tokens at --clip .*, got 8; save the CLIP's own"):
+        ClipScore(str(bare))
+
+
+def test_a_missing_weight_of_the_text_is_not_drawn_at_random(clip: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(clip, tmp_path / "clip")
+    tensors = load_file(folder / "model.safetensors")
+    tensors.pop("text_model.final_layer_norm.bias")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        InputError, match="all weights of the text model at --clip .* lacks 1 tensors, first .*norm.bias"
+    ):
+        ClipScore(str(folder))
 
 
 @pytest.mark.parametrize("prompts", [["a"], ["a", "b", "c"], "ab"])

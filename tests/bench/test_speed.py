@@ -55,6 +55,24 @@ def test_calls_are_the_cells_own_and_take_turns(teacher: Contender, monkeypatch:
     assert {size for _, size in calls[16:]} == {12}
 
 
+def test_a_cell_that_fits_at_no_size(teacher: Contender, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others are timed all the same; what is no lack of memory is no note."""
+    original, text = Contender.images, ["can't allocate memory"]
+
+    def images(self: Contender, cell: Cell, *rest: Any) -> Any:
+        if cell.steps == 2:
+            raise RuntimeError(text[0])
+        return original(self, cell, *rest)
+
+    monkeypatch.setattr(Contender, "images", images)
+    found, notes = speeds(jobs_of([teacher]), small_plan(), (1,), repeats=1)
+    assert [(s.cell.steps, s.batch_size) for s in found] == [(1, 1)]
+    assert notes == ["teacher, 2 steps, guidance 3: batches of 1 out of memory."]
+    text[0] = "shapes don't match"
+    with pytest.raises(RuntimeError, match="shapes"):
+        speeds(jobs_of([teacher]), small_plan(), (1,), repeats=1)
+
+
 def test_sizes_that_dont_fit_are_noted(teacher: Contender, monkeypatch: pytest.MonkeyPatch) -> None:
     peaks = {1: Peak(0, 10, True)}
 

@@ -1,9 +1,8 @@
-"""The sweep: what its files hold, that it goes on at any batch, by any number of processes, and what it refuses."""
+"""The sweep: what its files hold, what lies in the folder from before, how processes share it, and what it refuses."""
 
 from __future__ import annotations
 
 import copy
-import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load
-from sweeping import PROMPTS, Corners, Greens, files_of, jobs_of, small_plan, teacher_of
+from sweeping import PROMPTS, Corners, Greens, Killed, dying, files_of, jobs_of, small_plan, sweep_in, swept, teacher_of
 from tiny import tiny_pipeline
 
 from stepdistill.bench import sweep as module
@@ -23,7 +22,7 @@ from stepdistill.bench.generate import generate
 from stepdistill.bench.plan import APART, Plan
 from stepdistill.bench.rows import Cell
 from stepdistill.bench.samples import image_hashes
-from stepdistill.bench.sweep import Job, Sweep
+from stepdistill.bench.sweep import Job
 from stepdistill.errors import InputError
 
 
@@ -37,40 +36,12 @@ def jobs(teacher: Contender) -> list[Job]:
     return jobs_of([teacher])
 
 
-def swept(folder: Path, jobs: list[Job], plan: Plan | None = None, **options: Any) -> Sweep:
-    sweep = sweep_in(folder, plan, **options)
-    sweep.run(jobs, progress=False)
-    return sweep
-
-
-def sweep_in(folder: Path, plan: Plan | None = None, **options: Any) -> Sweep:
-    return Sweep(folder, plan or small_plan(), Corners(), {"accuracy": Greens()}, **{"kept": 5, **options})
-
-
 @pytest.fixture(scope="module")
 def whole(teacher: Contender, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The files of a sweep that nothing disturbed."""
     folder = tmp_path_factory.mktemp("whole")
     swept(folder, jobs_of([teacher]))
     return files_of(folder)
-
-
-class Killed(BaseException):
-    """As a signal would."""
-
-
-def dying(monkeypatch: pytest.MonkeyPatch, after: int) -> list[tuple[Cell, int]]:
-    """Lets so many batches be made, then dies inside the next; a list of those that were begun."""
-    original, calls = Contender.images, list[tuple[Cell, int]]()
-
-    def images(self: Contender, cell: Cell, prompts: Any, plan: Plan, start: int = 0) -> Any:
-        calls.append((cell, start))
-        if len(calls) > after:
-            raise Killed
-        return original(self, cell, prompts, plan, start)
-
-    monkeypatch.setattr(Contender, "images", images)
-    return calls
 
 
 def test_the_samples_are_those_of_the_images(jobs: list[Job], tmp_path: Path) -> None:
@@ -104,25 +75,6 @@ def test_what_is_left_of_a_cell(whole: dict[str, bytes]) -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("after", range(10))
-def test_a_sweep_killed_after_any_batch_goes_on(
-    after: int, jobs: list[Job], whole: dict[str, bytes], tmp_path: Path
-) -> None:
-    """Ten batches in all. What is resumed makes each batch that is missing once, and ends with the same bytes."""
-    with pytest.MonkeyPatch.context() as patch:
-        made = dying(patch, after)
-        with pytest.raises(Killed):
-            swept(tmp_path, jobs)
-    finished = {name: data for name, data in files_of(tmp_path).items() if name.endswith("samples.safetensors")}
-    assert len(finished) == after // 5
-    with pytest.MonkeyPatch.context() as patch:
-        rest = dying(patch, 10)
-        swept(tmp_path, jobs)
-    assert made[:-1] + rest == [(cell, start) for cell, _ in jobs for start in (0, 4, 8, APART, APART + 4)]
-    assert files_of(tmp_path) == whole
-    assert all(whole[name] == data for name, data in finished.items())
-
-
 def test_a_finished_cell_is_not_touched(jobs: list[Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     swept(tmp_path, jobs)
     before = {path: path.stat() for path in tmp_path.rglob("*")}
@@ -131,25 +83,6 @@ def test_a_finished_cell_is_not_touched(jobs: list[Job], tmp_path: Path, monkeyp
     assert len(found) == 2
     for path, stat in before.items():
         assert (path.stat().st_mtime_ns, path.stat().st_ino) == (stat.st_mtime_ns, stat.st_ino), path
-
-
-def test_killed_while_parts_are_joined(
-    jobs: list[Job], whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def die(*_: Any) -> None:
-        raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "merged", die)
-        with pytest.raises(Killed):
-            swept(tmp_path, jobs)
-    with monkeypatch.context() as patch:
-        patch.setattr(module.shutil, "rmtree", die)  # joined, but the parts still lie there
-        with pytest.raises(Killed):
-            swept(tmp_path, jobs)
-    assert any("parts" in name for name in files_of(tmp_path))
-    swept(tmp_path, jobs)
-    assert files_of(tmp_path) == whole
 
 
 def test_what_lies_in_the_folder_from_before_counts_for_nothing(
@@ -171,25 +104,16 @@ def test_what_lies_in_the_folder_from_before_counts_for_nothing(
     assert len(sweep.samples(jobs[0][0]).features) == len(PROMPTS)
 
 
-def test_leftover_images_of_a_stopped_sweep_are_written_over(
-    jobs: list[Job], whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch:
-        dying(patch, 0)
-        with pytest.raises(Killed):
-            swept(tmp_path, jobs)
-    images = tmp_path / "cells" / "teacher-2-3" / "images"
-    images.mkdir()
-    Image.fromarray(np.full((32, 32, 3), 200, np.uint8)).save(images / "0.png")
-    swept(tmp_path, jobs)
-    assert files_of(tmp_path) == whole
-
-
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize(("world", "before"), [(2, 0), (3, 0), (2, 3), (3, 7)])
 def test_processes_share_the_batches_and_agree(
-    world: int, teacher: Contender, whole: dict[str, bytes], tmp_path: Path
+    world: int, before: int, teacher: Contender, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
-    """Threads stand for processes; each has pipelines of its own."""
+    """Threads stand for processes; each has pipelines of its own. They may go on where one process was stopped."""
+    if before:
+        with pytest.MonkeyPatch.context() as patch:
+            dying(patch, before)
+            with pytest.raises(Killed):
+                swept(tmp_path, jobs_of([teacher]))
     barrier, made, found = threading.Barrier(world), {}, {}
 
     def run(rank: int) -> None:
@@ -211,8 +135,8 @@ def test_processes_share_the_batches_and_agree(
         thread.join(60)
     assert files_of(tmp_path) == whole
     counts = [len(calls) for calls in made.values()]
-    assert sum(counts) == 10 and max(counts) - min(counts) <= 1
-    assert len({batch for calls in made.values() for batch in calls}) == 10
+    assert sum(counts) == 10 - before and (before or max(counts) - min(counts) <= 1)
+    assert len({batch for calls in made.values() for batch in calls}) == 10 - before
     assert [len(found[rank]) for rank in range(world)] == [2] + [0] * (world - 1)
 
 
@@ -225,6 +149,7 @@ def test_a_process_without_the_main_ones_folder(jobs: list[Job], tmp_path: Path)
     ("change", "key"),
     [
         ({"seed": 4}, "seed"),
+        ({"diversity": (2, 2)}, "diversity"),
         ({"prompts": (*PROMPTS[:-1], "another")}, "prompts"),
         ({"prompts": PROMPTS[:-1]}, "num_images, prompts"),
         ({"diversity": (3, 3)}, "diversity"),
@@ -277,38 +202,6 @@ def test_a_cell_that_says_nothing(text: str, jobs: list[Job], whole: dict[str, b
     assert files_of(tmp_path) == whole
 
 
-def test_files_that_are_cut_short_are_made_again(jobs: list[Job], whole: dict[str, bytes], tmp_path: Path) -> None:
-    """After a power cut a file may be there and empty."""
-    with pytest.MonkeyPatch.context() as patch:
-        dying(patch, 8)
-        with pytest.raises(Killed):
-            swept(tmp_path, jobs)
-    part = tmp_path / "cells" / "teacher-1-3" / "parts" / "00001.safetensors"
-    part.write_bytes(part.read_bytes()[:-8])
-    done = tmp_path / "cells" / "teacher-2-3" / "samples.safetensors"
-    done.write_bytes(b"")
-    with pytest.MonkeyPatch.context() as patch:
-        made = dying(patch, 10)
-        swept(tmp_path, jobs)
-    assert made == [(jobs[0][0], start) for start in (0, 4, 8, APART, APART + 4)] + [
-        (jobs[1][0], start) for start in (4, APART, APART + 4)
-    ]
-    assert files_of(tmp_path) == whole
-
-
-def test_a_part_that_breaks_while_it_is_waited_for(
-    jobs: list[Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "write_tensors", lambda path, _: _broken(path))
-    with pytest.raises(InputError, match=r"expected the part '.*00000.safetensors' of a sweep"):
-        swept(tmp_path, jobs)
-
-
-def _broken(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(b"")
-
-
 def test_images_that_are_gone_or_others(jobs: list[Job], tmp_path: Path) -> None:
     sweep = swept(tmp_path, jobs[:1])
     image = tmp_path / "cells" / "teacher-2-3" / "images" / "1.png"
@@ -321,20 +214,6 @@ def test_images_that_are_gone_or_others(jobs: list[Job], tmp_path: Path) -> None
         sweep.images(jobs[0][0])
     image.write_bytes(data)
     assert len(sweep.images(jobs[0][0], 99)) == 5
-
-
-def test_the_facts_of_a_cell_are_written_first_and_never_again(jobs: list[Job], tmp_path: Path) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        dying(patch, 3)
-        with pytest.raises(Killed):
-            swept(tmp_path, jobs)
-    facts = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("cell.json")}
-    assert len(facts) == 2
-    swept(tmp_path, jobs)
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("cell.json")} == facts
-    found = json.loads((tmp_path / "cells" / "teacher-2-3" / "cell.json").read_text())
-    assert (found["model"], found["steps"], found["guidance"]) == ("teacher", 2, 3.0)
-    assert found["features"] == {"name": "corners", "hash": "0c", "dim": 12}
 
 
 def test_copies_are_counted(jobs: list[Job], tmp_path: Path) -> None:
@@ -382,3 +261,37 @@ def test_the_bar_knows_what_was_finished_before(jobs: list[Job], tmp_path: Path,
     bar.clear()
     sweep_in(tmp_path).run(jobs)
     assert bar == pytest.approx([1.2, 1.4, 1.6, 1.8, 2.0])
+
+
+def test_what_was_there_before_tells_nothing_of_the_time_that_is_left(
+    jobs: list[Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swept(tmp_path, jobs[:1])
+    bars: list[Any] = []
+    original = module._Bar.advance
+    monkeypatch.setattr(module._Bar, "advance", lambda self, cell: (bars.append(self.bar), original(self, cell)))
+    sweep_in(tmp_path).run(jobs)
+    assert {bar.initial for bar in bars} == {1} and bars[0].n == pytest.approx(2)
+
+
+def test_an_error_leaves_no_half_line(
+    jobs: list[Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """The bar is ended, so that what is said next has a line of its own; and the cell is named."""
+
+    def images(*_: Any) -> Any:
+        raise InputError("expected finite pixels, got nan")
+
+    monkeypatch.setattr(Contender, "images", images)
+    with pytest.raises(InputError, match="^teacher, 2 steps, guidance 3: expected finite pixels, got nan$"):
+        sweep_in(tmp_path).run(jobs)
+    assert capsys.readouterr().err.endswith("\n")
+
+
+def test_too_little_memory(jobs: list[Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def images(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Contender, "images", images)
+    with pytest.raises(InputError, match="room for 4 images a call, got: out of memory; lower --batch_size"):
+        swept(tmp_path, jobs)

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
+from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from gaussians import gaussian
+from packaging.version import Version
+from vision import images
 
+from stepdistill.bench.extractors import InceptionFeatures
 from stepdistill.bench.kernels import cmmd, kid
 from stepdistill.bench.manifold import precision, recall
 from stepdistill.bench.metrics import frechet_distance
@@ -20,9 +27,15 @@ SETS = [
 ]
 
 
-def fidelity(part: str) -> ModuleType:
-    """A module of it; importing it needs torchvision too."""
-    module: ModuleType = pytest.importorskip(f"torch_fidelity.{part}", exc_type=ImportError)
+def fidelity(part: str, least: str = "0.4") -> ModuleType:
+    """A module of it, if torchvision fits, too. Before 0.4 it had no Gaussian kernel, and SciPy's old root."""
+    try:
+        found = version("torch-fidelity")
+        module = importlib.import_module(f"torch_fidelity.{part}")
+    except (PackageNotFoundError, ImportError, RuntimeError) as error:  # RuntimeError: a torchvision of another torch
+        pytest.skip(f"torch-fidelity is not here: {error}")
+    if Version(found) < Version(least):
+        pytest.skip(f"torch-fidelity {found} is older than {least}")
     return module
 
 
@@ -57,3 +70,21 @@ def test_precision_and_recall(sets: tuple[torch.Tensor, torch.Tensor]) -> None:
     found = theirs.prc_features_to_metric(*sets, prc_neighborhood=3, verbose=False)
     assert precision(*sets) == pytest.approx(found["precision"], abs=1e-6)
     assert recall(*sets) == pytest.approx(found["recall"], abs=1e-6)
+
+
+def test_inception_is_asked_as_it_wants_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own network without its weights, which would be downloaded: drawn at random."""
+    module = fidelity("feature_extractor_inceptionv3", "0.3")
+    network: Any = module.FeatureExtractorInceptionV3
+    monkeypatch.setattr(module, "load_state_dict_from_url", lambda *_, **__: {})
+    monkeypatch.setattr(network, "load_state_dict", lambda *_: None)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        extractor = InceptionFeatures(batch_size=2)
+    batch = images(3, 40, 56)
+    features = extractor(batch)
+    assert (features.dtype, tuple(features.shape), extractor.dim) == (torch.float64, (3, 2048), 2048)
+    with torch.inference_mode():
+        (expected,) = extractor._net(torch.from_numpy(batch.transpose(0, 3, 1, 2).copy()))
+    assert not extractor._net.training and features.std(0).mean() > 0
+    np.testing.assert_allclose(features.numpy(), expected.numpy(), rtol=1e-4, atol=1e-6)

@@ -134,9 +134,14 @@ def test_what_the_distance_misses_is_said() -> None:
     }
     table = results(student(4, 6.0, 0.2, **ours), **teacher, rms_to_teacher=Value(0.0, (0.0, 0.0)))
     (answer,) = answers(table)
-    assert answer.enough is not None
-    assert answer.enough.losses == ("recall 0.40, not 0.90", "diversity 4.3, not 4")
-    assert answer.headline.endswith("; but recall 0.40, not 0.90, diversity 4.3, not 4")
+    assert answer.enough is None and answer.short == "not at 4 steps"
+    (found,) = answer.verdicts
+    assert found.kind == "indistinguishable" and found.falls_short and not found.as_good
+    assert found.losses == ("recall 0.40, not 0.90", "diversity 4.3, not 4")
+    assert found.sentence(MAIN).endswith("; but recall 0.40, not 0.90, diversity 4.3, not 4")
+    whole = {"recall": Value(0.9, (0.88, 0.92)), "diversity": Value(4.0, (3.9, 4.1))}
+    (answer,) = answers(results(student(4, 6.0, 0.2, **ours), student(8, 6.0, 0.2, **whole), **teacher))
+    assert answer.short == "8 steps" and answer.text.endswith("; 4 steps distinguishable")
     overlapping = {"recall": Value(0.87, (0.85, 0.89)), "diversity": Value(4.0, (3.9, 4.1))}
     assert verdicts(results(student(4, 6.0, 0.2, **overlapping), **teacher))[0].losses == ()
     higher = {"recall": Value(0.99, (0.98, 1.0))}
@@ -155,7 +160,8 @@ def test_answers_of_a_whole_sweep() -> None:
         "distance +3.3 % (95 % interval -8.8 % to +15 %), 15.0x faster; 1 and 2 steps distinguishable"
     )
     assert found[1].headline == (
-        "progressive: distinguishable from the teacher at 50 steps at N = 1,200, and worse: 1, 2, 4 and 8 steps"
+        "progressive: distinguishable from the teacher at 50 steps at N = 1,200, and worse: 1, 2, 4 and 8 steps; "
+        "the nearest is 8 steps at guidance 1: distance +20 % (95 % interval +7.2 % to +33 %), 9.5x faster"
     )
     assert [v.cell.steps for v in found[0].verdicts] == [8, 4, 2, 1]
     assert all(v.cell.steps < 50 for v in found[2].verdicts)  # at its own steps the teacher is no shortcut

@@ -1,4 +1,4 @@
-"""The benchmark compares like with like, in turns, and its table goes where the README has a place for it."""
+"""The benchmark compares like with like, in turns, and writes what it found."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from stepdistill.errors import InputError
 from stepdistill.randomness import StepRandom
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = ("by_hand", "step_setting", "step_cost", "table")
+NAMES = ("by_hand", "step_setting", "step_cost")
 
 
 @pytest.fixture(scope="module")
@@ -148,62 +148,6 @@ def test_the_file_says_how_it_was_made(
     assert results["environment"]["threads"] == 1
     assert results["rows"][0]["ratio"] == 1.0234
     assert str(tmp_path) not in json.dumps(results)
-
-
-@pytest.fixture
-def root(benchmarks: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A tree with a README and both results files, which table.py takes for the repository."""
-    table, results = benchmarks["table"], tmp_path / "benchmarks" / "results"
-    results.mkdir(parents=True)
-    for name in ("ROOT", "RESULTS", "STEP_COST"):
-        monkeypatch.setattr(table, name, tmp_path / getattr(table, name).relative_to(ROOT))
-    table.RESULTS.write_bytes((ROOT / "benchmarks" / "results" / "demo_lcm_lora.json").read_bytes())
-    measured(benchmarks, table.STEP_COST, monkeypatch)
-    return tmp_path
-
-
-def test_the_tables_go_between_their_markers(
-    benchmarks: dict[str, ModuleType], root: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    table, readme = benchmarks["table"], root / "README.md"
-    readme.write_text(f"a\n{table.BEGIN}\nold\n{table.END}\nb\n{table.COST_BEGIN}\nold\n{table.COST_END}\nc\n")
-    capsys.readouterr()
-    for _ in range(2):  # the second time changes nothing
-        table.main([])
-        text = readme.read_text()
-        assert text.startswith("a\n") and text.endswith("\nc\n") and "\nb\n" in text
-        assert "old" not in text
-        assert (
-            f"{table.BEGIN}\n\n| model" in text and f"{table.COST_BEGIN}\n\n| ours" in text
-        )  # Markdown wants the blank lines
-        assert text.index("| teacher ") < text.index(table.COST_BEGIN) < text.index("| trainer / loop by hand |")
-    (line,) = (line for line in text.splitlines() if line.startswith("| trainer"))
-    cells = [cell.strip() for cell in line.strip("|").split("|")]
-    assert cells == [
-        "trainer / loop by hand",
-        "demo",
-        "CPU time",
-        "1.023",
-        "[1.010, 1.040]",
-        "200.0 ms",
-        "195.0 ms",
-        "171",
-    ]
-    (line,) = (line for line in text.splitlines() if line.startswith("| one base"))
-    assert line.replace(" ", "").endswith("|weights|0.500||1.0MiB|2.0MiB|1|")
-    assert capsys.readouterr().err == ""
-
-
-def test_a_readme_without_the_second_marker(
-    benchmarks: dict[str, ModuleType], root: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    table, readme = benchmarks["table"], root / "README.md"
-    readme.write_text(f"a\n{table.BEGIN}\nold\n{table.END}\nb\n")
-    table.main([])
-    text = readme.read_text()
-    assert "| teacher " in text and text.endswith("\nb\n") and "old" not in text
-    assert "trainer / loop by hand" not in text
-    assert table.COST_BEGIN in capsys.readouterr().err
 
 
 @pytest.mark.slow
