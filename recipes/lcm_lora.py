@@ -48,7 +48,7 @@ def main(parsed: Parsed[Recipe]) -> None:
     student.checkpoint_activations(r.train.gradient_checkpointing)
     method = LCM(r.method, student, teacher=model.denoiser)
     plan = lcm_sampling(r.method, model, student.takes_guidance)
-    samples = sampler(model, student, plan, r.train.validation_prompts, r.output_dir)
+    samples = sampler(model, student, lambda: plan, r.train.validation_prompts, r.output_dir)
     data = cache_latents(model, source, r.data, rank=trainer.rank, world=trainer.world, wait=trainer.wait)
     trainer.fit(method, data, on_validate=samples)
     if trainer.is_main:

@@ -19,6 +19,7 @@ from stepdistill.bench.features import Images, checked_images
 from stepdistill.bench.plan import Plan
 from stepdistill.bench.rows import TEACHER, Cell
 from stepdistill.bench.sweep import Job, Sweep
+from stepdistill.export.lcm import lcm_sampling
 from stepdistill.export.student import export_student
 from stepdistill.families import TeacherConfig
 from stepdistill.families.loading import DEMO_TEACHER
@@ -88,7 +89,9 @@ def demo_student(folder: Path) -> Path:
     with torch.no_grad():
         for parameter in student.trainable():
             parameter.mul_(0.1)
-    return export_student(folder, model, student, TeacherConfig("demo"), LCMConfig(num_ddim_timesteps=20))
+    return export_student(
+        folder, model, student, TeacherConfig("demo"), lcm_sampling(LCMConfig(num_ddim_timesteps=20), model)
+    )
 
 
 def swept(folder: Path, jobs: list[Job], plan: Plan | None = None, **options: Any) -> Sweep:

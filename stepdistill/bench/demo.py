@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,29 +26,43 @@ GRID = 8  # prompts in the picture grid
 SWEEP = "bench"  # folder of the images' numbers, in the run's
 
 
+@dataclass(frozen=True)
+class Entry:
+    """A student, and how it is sampled.
+
+    Attributes:
+        contender: with the exported files loaded; its name is the one in the table.
+        steps: numbers of steps, a row each.
+        guidance: the guidance scale.
+    """
+
+    contender: Contender
+    steps: tuple[int, ...]
+    guidance: float = 1.0
+
+    @property
+    def jobs(self) -> list[Job]:
+        """A cell for each number of steps."""
+        return [(Cell(self.contender.name, k, self.guidance), self.contender) for k in self.steps]
+
+
 def evaluate(
-    contender: Contender,
-    yardstick: Yardstick,
-    folder: str | os.PathLike[str],
-    steps: Sequence[int],
-    guidance: float,
-    say: Say = print,
+    entries: Sequence[Entry], yardstick: Yardstick, folder: str | os.PathLike[str], say: Say = print
 ) -> list[Quality]:
     """Rows for each number of steps, one for each of the yardstick's sizes; goes on where it was stopped.
 
     Args:
-        contender: what makes the images, as a stock pipeline.
+        entries: what makes the images, as stock pipelines.
         yardstick: what they are measured with.
         folder: where the numbers of finished images lie; those of another contender or yardstick are made again.
-        steps, guidance: of the cells.
         say: gets a line for each cell.
 
     Raises InputError for no steps.
     """
-    if not steps:
+    jobs = [job for entry in entries for job in entry.jobs]
+    if not jobs:
         raise InputError("expected one number of steps or more, got none; give some, e.g. 8,4,2,1")
     sweep = Sweep(folder, yardstick.plan, yardstick.features, yardstick.scorers, kept=0, overwrite=True)
-    jobs = [(Cell(contender.name, k, guidance), contender) for k in steps]
     rows: list[Quality] = []
     for (cell, _), samples in zip(jobs, sweep.run(jobs), strict=True):
         rows += yardstick.rows(cell, samples)
@@ -72,41 +87,39 @@ def shipped(path: str | os.PathLike[str], yardstick: Yardstick) -> tuple[list[Qu
 
 def compare_with_teacher(
     output_dir: str | os.PathLike[str],
-    student: Contender,
+    students: Sequence[Entry],
     teacher: Contender,
     yardstick: Yardstick,
     teacher_results: str | os.PathLike[str],
-    steps: Sequence[int] = (8, 4, 2, 1),
-    guidance: float = 1.0,
     say: Say = print,
 ) -> Results:
     """The demo's last act: writes table.md, results.json and grid.png into `output_dir` and says the table.
 
     Args:
         output_dir: the run's folder.
-        student: with the exported files loaded; called "student" in the table.
+        students: one, or the rungs of a ladder under one name.
         teacher: for the seconds and the grid.
         yardstick: with one number of images.
         teacher_results: the file with the teacher's quality numbers; its seconds are taken anew on this machine.
-        steps, guidance: of the student.
         say: gets each line.
 
-    Raises ValueError if the two pipelines share their denoiser, as the student's adapter would then be in both.
+    Raises ValueError if a student shares the teacher's denoiser, as its adapter would then be in both.
     """
-    if student.pipe.unet is teacher.pipe.unet:
+    if any(entry.contender.pipe.unet is teacher.pipe.unet for entry in students):
         raise ValueError(
             "expected pipelines with denoisers of their own, got one shared by both; load the teacher again"
         )
-    folder, contenders = Path(output_dir), {TEACHER: teacher, STUDENT: student}
+    folder, own = Path(output_dir), dict(job for entry in students for job in entry.jobs)
     rows, notes = shipped(teacher_results, yardstick)
-    rows = [*rows, *evaluate(student, yardstick, folder / SWEEP, steps, guidance, say)]
-    jobs = [(row.cell, contenders[row.cell.model]) for row in rows]
+    rows = [*rows, *evaluate(students, yardstick, folder / SWEEP, say)]
+    jobs = [(row.cell, own.get(row.cell, teacher)) for row in rows]
     timed, _ = speeds(jobs, yardstick.plan, repeats=REPEATS)
     results = Results(rows, yardstick.protocol(), timed, notes=[seconds_note(), *notes])
     results.teacher = None if (best := results.best(yardstick.n)) is None else best.cell
     results.write(folder / "results.json")
     (folder / "table.md").write_text(markdown(results), encoding="utf-8")
-    write_grid(folder / "grid.png", [(cell, contenders[cell.model]) for cell in side_by_side(results)], yardstick.plan)
+    columns = [(cell, own.get(cell, teacher)) for cell in side_by_side(results)]
+    write_grid(folder / "grid.png", columns, yardstick.plan)
     say(f"\n{markdown(results)}")
     return results
 

@@ -21,7 +21,7 @@ from ..families.loading import DEMO_JUDGE
 from ..networks.denoiser import Denoiser
 from .config import EvalConfig
 from .contenders import open_contenders
-from .demo import STUDENT, compare_with_teacher
+from .demo import STUDENT, Entry, compare_with_teacher
 from .features import JudgeFeatures
 from .generate import generate
 from .grid import picture_grid
@@ -33,13 +33,19 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def sampler(
-    model: Model, student: Denoiser, plan: Sampling, prompts: Sequence[str] | None, folder: str | Path, seed: int = 0
+    model: Model,
+    student: Denoiser,
+    plan: Callable[[], Sampling],
+    prompts: Sequence[str] | None,
+    folder: str | Path,
+    seed: int = 0,
 ) -> Callable[[int], None]:
     """A callback that writes `samples/<step>.png`: a row a prompt, a column a number of steps, one noise a row.
 
-    Without prompts it does nothing. The noise depends on `seed` and the prompt's place alone, so pictures of one run compare.
+    Without prompts it does nothing. `plan` says how the student is sampled at that moment. The noise depends on `seed` and the
+    prompt's place alone, so pictures of one run compare.
 
-    Raises InputError, before the training, for prompts that the model does not read and for what no stock scheduler samples.
+    Raises InputError, before the training, for prompts that the model does not read.
     """
     if prompts and "tokenizer" not in model.pipeline().components:
         raise InputError(f"expected no prompts for {model.name!r}, which reads none; drop --train.validation_prompts")
@@ -47,14 +53,19 @@ def sampler(
     def sample(step: int) -> None:
         if not prompts:
             return
-        pipe = model.pipeline(student)
-        pipe.scheduler = type(plan.scheduler).from_config(plan.scheduler.config)
+        pipe, now = model.pipeline(student), plan()
+        pipe.scheduler = type(now.scheduler).from_config(now.scheduler.config)
         with student.active(), _in_their_own_dtypes([student.module, *pipe.vae.children()]):
             columns = {
                 f"{steps} step{'s' * (steps > 1)}": generate(
-                    pipe, prompts, steps=steps, guidance_scale=plan.guidance_scale, seed=seed
+                    pipe,
+                    prompts,
+                    steps=steps,
+                    guidance_scale=now.guidance_scale,
+                    seed=seed,
+                    **({"sigmas": now.sigmas[str(steps)]} if now.sigmas else {}),
                 )
-                for steps in plan.steps
+                for steps in now.steps
             }
         path = Path(folder) / "samples" / f"{step:06d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,12 +96,7 @@ def _in_their_own_dtypes(modules: Iterable[nn.Module]) -> Iterator[None]:
         yield
 
 
-def finish(
-    folder: str | Path,
-    teacher: TeacherConfig,
-    config: EvalConfig,
-    export: ExportConfig | None = None,
-) -> None:
+def finish(folder: str | Path, teacher: TeacherConfig, config: EvalConfig, export: ExportConfig | None = None) -> None:
     """The end of a run: on the demo teacher its table and picture grid, made with the exported files; then how to load them.
 
     The student is opened as any user would: a fresh stock pipeline with the export in `folder` loaded into it. Where `export`
@@ -99,18 +105,36 @@ def finish(
     folder = Path(folder)
     info = read_facts(folder)
     if teacher.path == "demo" and config.images:
-        bare, student = open_contenders(teacher.path, [str(folder)])
-        student.name = STUDENT
-        compare_with_teacher(
-            folder, student, bare, recipes_yardstick(config), REPOSITORY / config.results, config.steps.ints(),
-            info["guidance_scale"],
-        )  # fmt: skip
-        print(f"pictures: {folder / 'grid.png'}   table: {folder / 'table.md'}")
+        compare_on_the_demo(folder, [folder], config, config.steps.ints())
         write_card(folder, info, loading_lines(folder, info), folder)  # now that there are scores for it
     address = push(folder, export or ExportConfig())
     print(f"\nload it in stock Diffusers:\n\n{loading_lines(folder, info)}")
     if address:
         print(f"\nuploaded to {address}")
+
+
+def finish_ladder(folder: str | Path, rungs: Sequence[Path], teacher: TeacherConfig, config: EvalConfig) -> None:
+    """:func:`finish` for the rungs of a ladder, exports of one number of steps each: one table, one grid, all their cards."""
+    folder = Path(folder)
+    if teacher.path == "demo" and config.images:
+        compare_on_the_demo(folder, rungs, config)
+    for rung in rungs:
+        info = read_facts(rung)
+        write_card(rung, info, loading_lines(rung, info), folder)
+    print(f"\nload a rung in stock Diffusers, here that of {info['default_steps']}:\n\n{loading_lines(rung, info)}")
+
+
+def compare_on_the_demo(
+    folder: Path, exports: Sequence[Path], config: EvalConfig, steps: tuple[int, ...] | None = None
+) -> None:
+    """Table and grid of exports beside the demo teacher, at these steps or each at its own."""
+    bare, *students = open_contenders("demo", [str(path) for path in exports])
+    entries = []
+    for student in students:
+        student.name = STUDENT
+        entries.append(Entry(student, steps or tuple(student.facts["steps"]), student.facts["guidance_scale"]))
+    compare_with_teacher(folder, entries, bare, recipes_yardstick(config), REPOSITORY / config.results)
+    print(f"pictures: {folder / 'grid.png'}   table: {folder / 'table.md'}")
 
 
 def recipes_yardstick(config: EvalConfig) -> Yardstick:

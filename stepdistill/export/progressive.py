@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,9 +16,7 @@ from ..methods.progressive import ProgressiveConfig
 from .sampling import Sampling, check_table, table_fields, told
 
 
-def progressive_sampling(
-    method: ProgressiveConfig, model: Model, steps: int, takes_guidance: bool = False
-) -> Sampling:
+def progressive_sampling(method: ProgressiveConfig, model: Model, steps: int, takes_guidance: bool = False) -> Sampling:
     """The stock scheduler on the grid of the rung of `steps` steps (arXiv 2202.00512), without classifier-free guidance.
 
     On a noise table DDIMScheduler with trailing timesteps, ending at clean data; on a flow FlowMatchEulerDiscreteScheduler,
@@ -49,7 +48,9 @@ def progressive_sampling(
         scheduler = _euler(model)
         sigmas[str(steps)] = [float(s) for s in schedule.sigma(grid[:-1])]
     else:
-        raise InputError(f"expected a noise table or a flow, got {type(schedule).__name__}; no stock scheduler samples it")
+        raise InputError(
+            f"expected a noise table or a flow, got {type(schedule).__name__}; no stock scheduler samples it"
+        )
     scale, reach = told(method.w_min, method.w_max, takes_guidance)
     return Sampling(
         method="progressive",
@@ -65,6 +66,11 @@ def progressive_sampling(
         guidance_note=_held(method.w_min),
         sigmas=sigmas,
     )
+
+
+def rung_folder(folder: str | Path, steps: int) -> Path:
+    """Where the student of so many steps is exported in a run folder."""
+    return Path(folder) / "rungs" / str(steps)
 
 
 def guidance_sampling(method: GuidanceDistillConfig, model: Model, takes_guidance: bool = False) -> Sampling:

@@ -14,7 +14,7 @@ from tiny import tiny_pipeline
 
 from stepdistill.bench import demo, plan, yardstick
 from stepdistill.bench.contenders import Contender, open_contenders
-from stepdistill.bench.demo import STUDENT, compare_with_teacher, evaluate, shipped, side_by_side
+from stepdistill.bench.demo import STUDENT, Entry, compare_with_teacher, evaluate, shipped, side_by_side
 from stepdistill.bench.features import JudgeFeatures, to_images
 from stepdistill.bench.generate import generate
 from stepdistill.bench.judge import Judge
@@ -122,12 +122,12 @@ def test_the_plan_is_the_test_worlds(stick: Yardstick) -> None:
 def test_from_end_to_end(folder: Path, stick: Yardstick, tmp_path: Path) -> None:
     said: list[str] = []
     teacher, student = contender(folder), contender(folder, "LCMScheduler", STUDENT)
-    rows = evaluate(teacher, stick, tmp_path / "sweep", (4, 1), 3.0, said.append)
+    rows = evaluate([Entry(teacher, (4, 1), 3.0)], stick, tmp_path / "sweep", said.append)
     assert [row.evaluations for row in rows] == [8, 2]  # guidance doubles them
     Results(rows, stick.protocol()).write(tmp_path / "teacher.json")
 
     run = tmp_path / "run"
-    results = compare_with_teacher(run, student, teacher, stick, tmp_path / "teacher.json", (4, 1), say=said.append)
+    results = compare_with_teacher(run, [Entry(student, (4, 1))], teacher, stick, tmp_path / "teacher.json", said.append)
     assert [(row.cell.model, row.cell.steps, row.evaluations) for row in results.quality] == [
         ("teacher", 4, 8), ("teacher", 1, 2), ("student", 4, 4), ("student", 1, 1),
     ]  # fmt: skip
@@ -139,7 +139,7 @@ def test_from_end_to_end(folder: Path, stick: Yardstick, tmp_path: Path) -> None
     assert markdown(results) in said[-1]
     with Image.open(run / "grid.png") as image:
         assert image.width > 4 * 128 and image.height > 8 * 128
-    again = evaluate(student, stick, tmp_path / "again", (4, 1), 1.0, said.append)
+    again = evaluate([Entry(student, (4, 1), 1.0)], stick, tmp_path / "again", said.append)
     assert again == results.quality[2:]
 
 
@@ -154,17 +154,17 @@ def test_a_stopped_measurement_goes_on_and_another_student_is_measured_anew(
         return original(self, cell, prompts, *rest)
 
     monkeypatch.setattr(Contender, "images", images)
-    first = evaluate(student, stick, tmp_path, (2,), 1.0, lambda line: None)
+    first = evaluate([Entry(student, (2,), 1.0)], stick, tmp_path, lambda line: None)
     assert made == [COUNT, 6]
-    assert evaluate(student, stick, tmp_path, (2,), 1.0, lambda line: None) == first and made == [COUNT, 6]
+    assert evaluate([Entry(student, (2,), 1.0)], stick, tmp_path, lambda line: None) == first and made == [COUNT, 6]
     student.weights = "another"
-    evaluate(student, stick, tmp_path, (2,), 1.0, lambda line: None)
+    evaluate([Entry(student, (2,), 1.0)], stick, tmp_path, lambda line: None)
     assert made == [COUNT, 6] * 2
 
 
 def test_the_images_of_a_row_have_their_own_noise(folder: Path, stick: Yardstick, tmp_path: Path) -> None:
     teacher = contender(folder)
-    (row,) = evaluate(teacher, stick, tmp_path, (1,), 1.0, lambda line: None)
+    (row,) = evaluate([Entry(teacher, (1,), 1.0)], stick, tmp_path, lambda line: None)
     images = generate(teacher.pipe, stick.plan.prompts, steps=1, guidance_scale=1.0, seed=0)
     varied = generate(teacher.pipe, stick.plan.varied, steps=1, guidance_scale=1.0, seed=0, start_index=APART)
     features = stick.features(varied)
@@ -224,7 +224,7 @@ def test_the_grid_shows_the_teacher_at_its_best_beside_the_student(stick: Yardst
 def test_one_denoiser_cannot_be_both(folder: Path, stick: Yardstick, tmp_path: Path) -> None:
     teacher = contender(folder)
     with pytest.raises(ValueError, match="denoisers of their own"):
-        compare_with_teacher(tmp_path, teacher, teacher, stick, tmp_path / "none.json")
+        compare_with_teacher(tmp_path, [Entry(teacher, (1,))], teacher, stick, tmp_path / "none.json")
 
 
 def test_too_few_images_or_steps(
@@ -234,7 +234,7 @@ def test_too_few_images_or_steps(
         with pytest.raises(InputError, match="at least 2 images"):
             demo_yardstick(judge, sizes, reference=reference)
     with pytest.raises(InputError, match="one number of steps or more"):
-        evaluate(contender(folder), stick, tmp_path, (), 1.0)
+        evaluate([Entry(contender(folder), (), 1.0)], stick, tmp_path)
 
 
 def test_real_images_of_other_prompts_have_no_accuracy(judge: Judge, reference: Reference, stick: Yardstick) -> None:

@@ -21,6 +21,7 @@ from stepdistill.bench.contenders import Contender, open_contenders, side_of, we
 from stepdistill.bench.generate import denoiser_of
 from stepdistill.bench.rows import Cell
 from stepdistill.errors import InputError
+from stepdistill.export.lcm import lcm_sampling
 from stepdistill.export.student import export_student
 from stepdistill.families import TeacherConfig
 from stepdistill.methods.lcm import LCMConfig
@@ -34,9 +35,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def exported(base: Path, folder: Path, kind: str = "lora", points: int = 50, path: str | None = None) -> Path:
     model = opened(base)
     student = student_of(model) if kind == "lora" else full_student_of(model)
-    return export_student(
-        folder, model, student, TeacherConfig(path or str(base)), LCMConfig(num_ddim_timesteps=points)
-    )
+    plan = lcm_sampling(LCMConfig(num_ddim_timesteps=points), model, student.takes_guidance)
+    return export_student(folder, model, student, TeacherConfig(path or str(base)), plan)
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +209,7 @@ def test_models_of_other_resolutions(base: Path, tmp_path: Path) -> None:
 def test_sdxl_is_compared_as_well(tmp_path: Path) -> None:
     base = tiny_sdxl(tmp_path / "sdxl")
     model = opened(base)
-    run = export_student(tmp_path / "run", model, student_of(model), TeacherConfig(str(base)), LCMConfig())
+    run = export_student(tmp_path / "run", model, student_of(model), TeacherConfig(str(base)), lcm_sampling(LCMConfig(), model))
     for contender in open_contenders(str(base), [str(run)]):
         images = contender.images(Cell(contender.name, 1, 1.0), ["a b"], small_plan())
         assert images.shape[0] == 1 and images.std() > 0

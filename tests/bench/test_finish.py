@@ -19,11 +19,16 @@ from stepdistill.bench.generate import generate
 from stepdistill.errors import InputError
 from stepdistill.export.config import ExportConfig
 from stepdistill.export.folder import read_facts
+from stepdistill.export.lcm import lcm_sampling
 from stepdistill.export.student import export_student
 from stepdistill.families import TeacherConfig
 from stepdistill.methods.lcm import LCMConfig
 
 METHOD = LCMConfig()
+
+
+def plan_of(model: Any, student: Any) -> Any:
+    return lcm_sampling(METHOD, model, student.takes_guidance)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +55,7 @@ def test_samples_of_each_kind_in_each_precision(
     """In training a teacher may be in half precision, beside an autoencoder and a full student that are not."""
     model, student = made(folders[family], kind, dtype)
     hooks = sum(len(m._forward_pre_hooks) for m in (*student.module.modules(), *model.pipeline().vae.modules()))
-    sampler(model, student, METHOD, ["a b", "c"], tmp_path)(7)
+    sampler(model, student, lambda: plan_of(model, student), ["a b", "c"], tmp_path)(7)
     with Image.open(tmp_path / "samples" / "000007.png") as image:
         assert image.width > 4 * 32 and image.height > 2 * 32
     assert hooks == sum(len(m._forward_pre_hooks) for m in (*student.module.modules(), *model.pipeline().vae.modules()))
@@ -70,7 +75,7 @@ def test_samples_are_those_of_the_student_at_its_guidance(
     monkeypatch.setattr(module, "generate", watched)
     expected = look_at(model, student, scale)
     with model.denoiser.active():  # the teacher's turn: adapters off
-        sampler(model, student, METHOD, ["a"], tmp_path)(1)
+        sampler(model, student, lambda: plan_of(model, student), ["a"], tmp_path)(1)
     assert [(g, n) for g, n, _ in asked] == [(scale, 1), (scale, 2), (scale, 4), (scale, 8)]
     assert all(torch.equal(output, expected) for _, _, output in asked)
 
@@ -87,8 +92,8 @@ def _as(student: Any, unet: Any) -> Any:
 def test_prompts_for_a_model_that_reads_none(folders: dict[str, Path], tmp_path: Path) -> None:
     model, student = made(folders["pixels"], "full")
     with pytest.raises(InputError, match=r"--train\.validation_prompts"):
-        sampler(model, student, METHOD, ["a"], tmp_path)
-    sampler(model, student, METHOD, None, tmp_path)(1)
+        sampler(model, student, lambda: plan_of(model, student), ["a"], tmp_path)
+    sampler(model, student, lambda: plan_of(model, student), None, tmp_path)(1)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -102,13 +107,14 @@ def test_on_the_demo_teacher_the_exported_files_are_measured(
 ) -> None:
     """The demo teacher is stood in for by the tiny pipeline, and its measurement by a look at what it is given."""
     model, student = made(folders["sd"], kind)
-    export_student(tmp_path, model, student, TeacherConfig(str(folders["sd"])), METHOD)
+    export_student(tmp_path, model, student, TeacherConfig(str(folders["sd"])), plan_of(model, student))
     expected, seen = look_at(model, student, 8.0), {}
 
-    def compare(folder: Path, contender: Any, bare: Any, *options: Any) -> None:
-        pipe = contender.pipe
-        seen.update(scheduler=type(pipe.scheduler).__name__, own=pipe.unet is not bare.pipe.unet, guidance=options[-1])
-        seen.update(names=(contender.name, bare.name), steps=options[-2])
+    def compare(folder: Path, entries: Any, bare: Any, *_: Any) -> None:
+        (entry,) = entries
+        pipe = entry.contender.pipe
+        seen.update(scheduler=type(pipe.scheduler).__name__, own=pipe.unet is not bare.pipe.unet, guidance=entry.guidance)
+        seen.update(names=(entry.contender.name, bare.name), steps=entry.steps)
         seen["output"] = look_at(model, _as(student, pipe.unet), 8.0)
         if kind == "lora":
             seen["moved"] = float((look_at(model, _as(student, bare.pipe.unet), 8.0) - seen["output"]).abs().max())
@@ -118,7 +124,7 @@ def test_on_the_demo_teacher_the_exported_files_are_measured(
     monkeypatch.setattr(module, "open_contenders", lambda _, runs: open_contenders(str(folders["sd"]), runs))
     monkeypatch.setattr(module, "recipes_yardstick", lambda config: config)
     monkeypatch.setattr(module, "compare_with_teacher", compare)
-    finish(tmp_path, TeacherConfig("demo"), METHOD, EvalConfig(images=4))
+    finish(tmp_path, TeacherConfig("demo"), EvalConfig(images=4))
     torch.testing.assert_close(seen["output"], expected, rtol=1e-4, atol=1e-5)  # an adapter is fused
     assert seen.get("moved", 1.0) > 0.01 and not seen["layers"]
     assert (seen["guidance"], seen["scheduler"], seen["own"]) == (8.0 if kind == "full" else 1.0, "LCMScheduler", True)
@@ -134,7 +140,7 @@ def test_the_upload_comes_last(
 ) -> None:
     model, student = made(folders["sd"], "lora")
     teacher = TeacherConfig(str(folders["sd"]))
-    export_student(tmp_path, model, student, teacher, METHOD)
+    export_student(tmp_path, model, student, teacher, plan_of(model, student))
     pushed: list[bool] = []
 
     def push(folder: Path, config: ExportConfig) -> str:
@@ -142,6 +148,6 @@ def test_the_upload_comes_last(
         return "https://the.hub/ada/run"
 
     monkeypatch.setattr(module, "push", push)
-    finish(tmp_path, teacher, METHOD, EvalConfig(), ExportConfig(push_to_hub=True))
+    finish(tmp_path, teacher, EvalConfig(), ExportConfig(push_to_hub=True))
     assert pushed == [True]
     assert "uploaded to https://the.hub/ada/run" in capsys.readouterr().out

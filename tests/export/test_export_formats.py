@@ -13,6 +13,7 @@ from students import ATTENTION, MODULES, log_lines, look_at, opened, student_of
 from stepdistill.errors import ExportError, InputError
 from stepdistill.export.config import ExportConfig
 from stepdistill.export.kohya import KOHYA, base_version, kohya_layout
+from stepdistill.export.lcm import lcm_sampling
 from stepdistill.export.lora import WEIGHTS, AdapterFile, diffusers_layout
 from stepdistill.export.student import export_student
 from stepdistill.export.verify import verify
@@ -80,7 +81,7 @@ def test_a_folder_with_both_loads_diffusers_own_and_says_nothing(base: Path, tmp
     model = opened(base)
     student = student_of(model, 4, 8)
     teacher, config = TeacherConfig(str(base)), ExportConfig(formats=("diffusers", "kohya"))
-    export_student(tmp_path, model, student, teacher, LCMConfig(), config)
+    export_student(tmp_path, model, student, teacher, lcm_sampling(LCMConfig(), model, student.takes_guidance), config)
     assert {p.name for p in tmp_path.glob("*.safetensors")} == {WEIGHTS, KOHYA}
     tensors = load_file(tmp_path / KOHYA)
     save_file({k: torch.zeros_like(v) for k, v in tensors.items()}, tmp_path / KOHYA)

@@ -14,7 +14,7 @@ from stepdistill.diffusion.solver import multistep_consistency
 from stepdistill.errors import ExportError, InputError
 from stepdistill.export.config import ExportConfig
 from stepdistill.export.full import WholeNetwork
-from stepdistill.export.sampling import sampling
+from stepdistill.export.lcm import lcm_sampling
 from stepdistill.export.student import export_student
 from stepdistill.export.verify import verify
 from stepdistill.families import TeacherConfig
@@ -37,7 +37,8 @@ def exported(
     model = opened(checkpoint)
     student = full_student_of(model, guidance)
     teacher = TeacherConfig(str(checkpoint))
-    export_student(folder, model, student, teacher, method or LCMConfig(), ExportConfig(**config))
+    plan = lcm_sampling(method or LCMConfig(), model, student.takes_guidance)
+    export_student(folder, model, student, teacher, plan, ExportConfig(**config))
     return model, student
 
 
@@ -88,8 +89,8 @@ def test_facts_and_card_say_what_it_is(base: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("low", "high", "scale"), [(5.0, 15.0, 8.0), (2.0, 4.0, 5.0), (9.0, 12.0, 10.0)])
 def test_the_guidance_is_8_where_it_was_trained(base: Path, low: float, high: float, scale: float) -> None:
     method = LCMConfig(w_min=low, w_max=high)
-    assert sampling(method, opened(base), takes_guidance=True).guidance_scale == scale
-    assert sampling(method, opened(base)).guidance_scale == 1.0
+    assert lcm_sampling(method, opened(base), takes_guidance=True).guidance_scale == scale
+    assert lcm_sampling(method, opened(base)).guidance_scale == 1.0
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
@@ -256,7 +257,9 @@ def test_a_failed_export_leaves_the_old_one_as_it_was(
 def test_a_full_student_takes_the_place_of_an_adapter(base: Path, tmp_path: Path) -> None:
     model = opened(base)
     config = ExportConfig(formats=("diffusers", "kohya"))
-    export_student(tmp_path, model, student_of(model), TeacherConfig(str(base)), LCMConfig(), config)
+    export_student(
+        tmp_path, model, student_of(model), TeacherConfig(str(base)), lcm_sampling(LCMConfig(), model), config
+    )
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     exported(base, tmp_path)
     assert files(tmp_path) == sorted([*FILES, "metrics.jsonl"])
@@ -266,6 +269,13 @@ def test_export_never_leaves_the_student_s_weights_rounded(base: Path, tmp_path:
     model = opened(base)
     student = full_student_of(model)
     before = {n: (v.data_ptr(), v.clone()) for n, v in student.module.state_dict().items()}
-    export_student(tmp_path, model, student, TeacherConfig(str(base)), LCMConfig(), ExportConfig(dtype="fp16"))
+    export_student(
+        tmp_path,
+        model,
+        student,
+        TeacherConfig(str(base)),
+        lcm_sampling(LCMConfig(), model, student.takes_guidance),
+        ExportConfig(dtype="fp16"),
+    )
     for name, value in student.module.state_dict().items():
         assert value.data_ptr() == before[name][0] and torch.equal(value, before[name][1])

@@ -16,6 +16,7 @@ from stepdistill.errors import InputError
 from stepdistill.export import hub
 from stepdistill.export.config import ExportConfig
 from stepdistill.export.hub import check_hub, push
+from stepdistill.export.lcm import lcm_sampling
 from stepdistill.export.student import export_student
 from stepdistill.families import TeacherConfig
 from stepdistill.methods.lcm import LCMConfig
@@ -147,7 +148,14 @@ def run_folder(tmp_path: Path, base: Path, kind: str = "lora") -> Path:
     model = opened(base)
     student = student_of(model) if kind == "lora" else full_student_of(model)
     teacher = TeacherConfig(str(base), vae=str(base))
-    export_student(folder, model, student, teacher, LCMConfig(), ExportConfig(formats=("diffusers", "kohya")))
+    export_student(
+        folder,
+        model,
+        student,
+        teacher,
+        lcm_sampling(LCMConfig(), model, student.takes_guidance),
+        ExportConfig(formats=("diffusers", "kohya")),
+    )
     return folder
 
 

@@ -9,6 +9,7 @@ from students import opened, student_of
 from tiny import tiny_pipeline
 
 from stepdistill.export import licence as module
+from stepdistill.export.lcm import lcm_sampling
 from stepdistill.export.licence import licence
 from stepdistill.export.student import export_student
 from stepdistill.families import TeacherConfig
@@ -80,7 +81,9 @@ def test_the_student_s_card_carries_it_or_says_where_to_look(base: Path, tmp_pat
     for text, expected in (("", None), ("---\nlicense: mit\n---\n", "mit")):
         (checkpoint / "README.md").write_text(text)
         model = opened(base)
-        export_student(tmp_path / "run", model, student_of(model), TeacherConfig(str(checkpoint)), LCMConfig())
+        export_student(
+            tmp_path / "run", model, student_of(model), TeacherConfig(str(checkpoint)), lcm_sampling(LCMConfig(), model)
+        )
         card = (tmp_path / "run" / "README.md").read_text()
         assert yaml.safe_load(card.split("---\n")[1]).get("license") == expected
         assert ("licence: see the base model" in card) == (expected is None)

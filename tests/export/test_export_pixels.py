@@ -14,6 +14,7 @@ from stepdistill.diffusion.solver import multistep_consistency
 from stepdistill.errors import ExportError
 from stepdistill.export.config import ExportConfig
 from stepdistill.export.full import WholeNetwork
+from stepdistill.export.lcm import lcm_sampling
 from stepdistill.export.student import export_student
 from stepdistill.export.verify import verify
 from stepdistill.families import TeacherConfig
@@ -29,7 +30,9 @@ FILES = [
 def exported(checkpoint: Path, folder: Path, kind: str = "full", **config: Any) -> Any:
     model = opened(checkpoint)
     student = full_student_of(model) if kind == "full" else student_of(model, 4, 8, PIXEL_TARGETS)
-    export_student(folder, model, student, TeacherConfig(str(checkpoint)), LCMConfig(), ExportConfig(**config))
+    export_student(
+        folder, model, student, TeacherConfig(str(checkpoint)), lcm_sampling(LCMConfig(), model), ExportConfig(**config)
+    )
     return model, student
 
 
@@ -93,7 +96,14 @@ def test_a_merged_adapter_leaves_the_student_alone(pixels: Path, tmp_path: Path)
     model = opened(pixels)
     student = student_of(model, 4, 8, PIXEL_TARGETS)
     before = look_at(model, student)
-    export_student(tmp_path, model, student, TeacherConfig(str(pixels)), LCMConfig(), ExportConfig(dtype="fp16"))
+    export_student(
+        tmp_path,
+        model,
+        student,
+        TeacherConfig(str(pixels)),
+        lcm_sampling(LCMConfig(), model),
+        ExportConfig(dtype="fp16"),
+    )
     assert torch.equal(look_at(model, student), before)
     assert student.adapters is not None and student.adapters.current == "student"
 

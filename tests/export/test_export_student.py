@@ -16,8 +16,8 @@ from stepdistill.export import lora
 from stepdistill.export import student as student_module
 from stepdistill.export.config import ExportConfig
 from stepdistill.export.folder import ASIDE
+from stepdistill.export.lcm import lcm_sampling
 from stepdistill.export.lines import loading_lines
-from stepdistill.export.sampling import sampling
 from stepdistill.export.student import export_student
 from stepdistill.families import TeacherConfig
 from stepdistill.methods.lcm import LCM, LCMConfig
@@ -36,7 +36,8 @@ def facts_of(folder: Path) -> dict:
 def exported(base: Path, folder: Path, method: LCMConfig | None = None, **config: str):
     model = opened(base)
     student = student_of(model, 4, 64)
-    export_student(folder, model, student, TeacherConfig(str(base)), method or LCMConfig(), ExportConfig(**config))
+    plan = lcm_sampling(method or LCMConfig(), model, student.takes_guidance)
+    export_student(folder, model, student, TeacherConfig(str(base)), plan, ExportConfig(**config))
     return student
 
 
@@ -187,5 +188,5 @@ def test_a_folder_that_is_a_file_is_named(base: Path, tmp_path: Path) -> None:
 
 def test_what_lcm_scheduler_can_t_sample_is_said_before_training(base: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--method.sigma_data"):
-        sampling(LCMConfig(sigma_data=1.0), opened(base))
-    assert sampling(LCMConfig(num_ddim_timesteps=5), opened(base)).steps == (1, 2, 4)
+        lcm_sampling(LCMConfig(sigma_data=1.0), opened(base))
+    assert lcm_sampling(LCMConfig(num_ddim_timesteps=5), opened(base)).steps == (1, 2, 4)
