@@ -1,6 +1,6 @@
 """Progressive distillation (arXiv 2202.00512): a ladder of students, each of half the steps, down to 1.
 
-accelerate launch recipes/progressive.py   # the demo teacher; or --config recipes/configs/progressive_sd15.yaml
+accelerate launch recipes/progressive.py   # the demo teacher; or --config recipes/configs/progressive_sd2.yaml
 """
 
 from dataclasses import dataclass, field

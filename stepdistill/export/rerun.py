@@ -17,7 +17,7 @@ from torch import Tensor
 from ..config import CommaList
 from ..errors import InputError
 from ..families import Model, TeacherConfig, load
-from ..methods.guidance_distill import GuidanceDistill, GuidanceDistillConfig
+from ..methods.guidance_distill import GuidanceDistill
 from ..methods.lcm import LCM, LCMConfig
 from ..methods.progressive import Progressive, ProgressiveConfig
 from ..networks.denoiser import Denoiser
@@ -55,7 +55,7 @@ METHODS = {
     LCM.__name__: Exported(LCMConfig, "method", lambda config, model, takes, _: lcm_sampling(config, model, takes)),
     Progressive.__name__: Exported(ProgressiveConfig, "method", _rung),
     GuidanceDistill.__name__: Exported(
-        GuidanceDistillConfig, "guidance", lambda config, model, takes, _: guidance_sampling(config, model, takes)
+        ProgressiveConfig, "method", lambda config, model, takes, _: guidance_sampling(config.guidance(), model, takes)
     ),
 }
 PARSED: Mapping[str, Callable[[Any], Any]] = dict.fromkeys(("targets", "formats", "rungs"), CommaList.parse)

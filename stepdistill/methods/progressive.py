@@ -26,7 +26,7 @@ from ..errors import InputError
 from ..method import Losses, Method
 from ..networks.denoiser import Denoiser
 from ..networks.network import Network
-from .guidance_distill import check_kind, check_range, check_told, weighting_of
+from .guidance_distill import GuidanceDistillConfig, check_kind, check_range, check_told, weighting_of
 
 START, FINAL = 8, 1
 EPS_STEPS = 8  # the fewest that an eps student is good for
@@ -91,6 +91,10 @@ class ProgressiveConfig:
                 "--method.start_steps, --method.final_steps, or name the steps with --method.rungs"
             )
         return steps
+
+    def guidance(self) -> GuidanceDistillConfig:
+        """The options of a guidance distillation before the ladder, whose student is its first teacher."""
+        return GuidanceDistillConfig(self.w_min, self.w_max, self.weighting)
 
     def grid(self, schedule: NoiseSchedule, steps: int) -> Tensor:
         """[steps + 1] times from 1 to 0 that a network of so many steps is trained and sampled at, float64."""

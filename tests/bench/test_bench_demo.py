@@ -127,7 +127,9 @@ def test_from_end_to_end(folder: Path, stick: Yardstick, tmp_path: Path) -> None
     Results(rows, stick.protocol()).write(tmp_path / "teacher.json")
 
     run = tmp_path / "run"
-    results = compare_with_teacher(run, [Entry(student, (4, 1))], teacher, stick, tmp_path / "teacher.json", said.append)
+    results = compare_with_teacher(
+        run, [Entry(student, (4, 1))], teacher, stick, tmp_path / "teacher.json", said.append
+    )
     assert [(row.cell.model, row.cell.steps, row.evaluations) for row in results.quality] == [
         ("teacher", 4, 8), ("teacher", 1, 2), ("student", 4, 4), ("student", 1, 1),
     ]  # fmt: skip

@@ -209,7 +209,9 @@ def test_models_of_other_resolutions(base: Path, tmp_path: Path) -> None:
 def test_sdxl_is_compared_as_well(tmp_path: Path) -> None:
     base = tiny_sdxl(tmp_path / "sdxl")
     model = opened(base)
-    run = export_student(tmp_path / "run", model, student_of(model), TeacherConfig(str(base)), lcm_sampling(LCMConfig(), model))
+    run = export_student(
+        tmp_path / "run", model, student_of(model), TeacherConfig(str(base)), lcm_sampling(LCMConfig(), model)
+    )
     for contender in open_contenders(str(base), [str(run)]):
         images = contender.images(Cell(contender.name, 1, 1.0), ["a b"], small_plan())
         assert images.shape[0] == 1 and images.std() > 0

@@ -113,7 +113,9 @@ def test_on_the_demo_teacher_the_exported_files_are_measured(
     def compare(folder: Path, entries: Any, bare: Any, *_: Any) -> None:
         (entry,) = entries
         pipe = entry.contender.pipe
-        seen.update(scheduler=type(pipe.scheduler).__name__, own=pipe.unet is not bare.pipe.unet, guidance=entry.guidance)
+        seen.update(
+            scheduler=type(pipe.scheduler).__name__, own=pipe.unet is not bare.pipe.unet, guidance=entry.guidance
+        )
         seen.update(names=(entry.contender.name, bare.name), steps=entry.steps)
         seen["output"] = look_at(model, _as(student, pipe.unet), 8.0)
         if kind == "lora":

@@ -85,7 +85,7 @@ def test_the_facts_are_true(base: Path, tmp_path: Path) -> None:
     exported(base, tmp_path, LCMConfig(w_min=2.0, w_max=7.0), dtype="fp16")
     facts = json.loads((tmp_path / "stepdistill.json").read_text())
     weights = (tmp_path / "pytorch_lora_weights.safetensors").read_bytes()
-    assert facts["schema"] == 2
+    assert facts["schema"] == 3
     assert facts["method"] == "lcm"
     assert facts["steps"] == [1, 2, 4, 8]
     assert facts["timesteps"]["4"] == [999, 759, 499, 259]
