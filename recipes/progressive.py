@@ -51,6 +51,7 @@ def main(parsed: Parsed[Recipe]) -> None:
     source = open_source(r.data)
     model = families.load(r.teacher, trainer.weight_dtype).to(trainer.device)
     student = model.denoiser.student(r.student, r.train.seed, embed_guidance=w.w_min < w.w_max)
+    r.method.check(student, model.denoiser)
     student.checkpoint_activations(r.train.gradient_checkpointing)
     plans = {n: progressive_sampling(r.method, model, n, student.takes_guidance) for n in r.method.ladder()}
     data = cache_latents(model, source, r.data, rank=trainer.rank, world=trainer.world, wait=trainer.wait)

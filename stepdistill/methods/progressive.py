@@ -100,6 +100,19 @@ class ProgressiveConfig:
         """[steps + 1] times from 1 to 0 that a network of so many steps is trained and sampled at, float64."""
         return shift(schedule.grid(steps), self.shift)
 
+    def check(self, student: Denoiser, teacher: Denoiser | None = None) -> None:
+        """What can be known before data are prepared: InputError for networks that this ladder is not for.
+
+        Rungs that the stock sampler would not follow, a range of w for a student that is not told it, eps prediction at few
+        steps or with zero terminal SNR, a weight of 0 at pure noise.
+        """
+        check_told(student, self.w_min, self.w_max)
+        for network in (student, *([] if teacher is None else [teacher])):
+            check_kind(network, student.schedule)
+        _check_few_steps(student, self.ladder()[-1])
+        _check_grid(self, student.schedule)
+        weighting_of(self.weighting, student, student.schedule)
+
 
 class Progressive(Method):
     """The ladder. Its rounds are the rungs: `steps` is the number of steps that the student of this round makes.
@@ -113,20 +126,14 @@ class Progressive(Method):
     From the second rung on the teacher is a frozen copy of the student: of its weights, or of its adapter beside it on one
     base. It is a role, so that a checkpoint has it; a teacher that was given is let go of then.
 
-    Raises:
-        InputError: rungs that the stock sampler would not follow, a range of w for a student that is not told it, eps
-            prediction at few steps or with zero terminal SNR.
+    Raises InputError as :meth:`ProgressiveConfig.check` does.
     """
 
     def __init__(self, config: ProgressiveConfig, student: Denoiser, teacher: Denoiser | None = None) -> None:
         self.config, self.student, self.schedule = config, student, student.schedule
         self.ladder = (config.teacher_steps, *config.ladder())
         self.rung = 0
-        check_told(student, config.w_min, config.w_max)
-        for network in (student, *([] if teacher is None else [teacher])):
-            check_kind(network, self.schedule)
-        _check_few_steps(student, self.ladder[-1])
-        _check_grid(config, self.schedule)
+        config.check(student, teacher)
         self.weighting = weighting_of(config.weighting, student, self.schedule)
         self.copied = teacher is None  # whether the teacher is a copy of the student, whose guidance is in it
         self.teacher = student.frozen_copy() if teacher is None else teacher

@@ -60,8 +60,10 @@ def test_defaults() -> None:
 
 def refused(match: str, student: Denoiser, teacher: Denoiser | None = None, **options: Any) -> None:
     rungs, teacher_steps = options.pop("rungs", (8, 4)), options.pop("teacher_steps", 40)
-    with pytest.raises(InputError, match=match):
-        Progressive(config(rungs, teacher_steps, **options), student, teacher)
+    ladder_options = config(rungs, teacher_steps, **options)
+    for say in (ladder_options.check, lambda *networks: Progressive(ladder_options, *networks)):
+        with pytest.raises(InputError, match=match):
+            say(student, teacher)
 
 
 def test_rungs_that_the_stock_scheduler_would_not_follow_are_refused() -> None:

@@ -1,4 +1,4 @@
-"""The ladder as users run it: a folder a rung that stock pipelines load, resumed where it was stopped, refused with a reason."""
+"""The ladder as users run it: a folder a rung that stock pipelines load, resumed where it stopped, refused with a reason."""
 
 import json
 from pathlib import Path
