@@ -229,8 +229,8 @@ def _answer(results: Results, n: int | None, model: str) -> Answer | None:
     if len(worse) == len(found):
         near = min(found, key=lambda v: v.difference)
         text = (
-            f"distinguishable from {than} at {size}, and worse: {_counts(worse)}; the nearest is {_steps(near.cell)} at guidance "
-            f"{near.cell.guidance:g}: {near.span()}{near.aside()}"
+            f"distinguishable from {than} at {size}, and worse: {_counts(worse)}; the nearest is {_steps(near.cell)} at "
+            f"guidance {near.cell.guidance:g}: {near.span()}{near.aside()}"
         )
         return Answer(model, f"not at {_counts(worse).replace(' and ', ' or ')}", text, None, tuple(found))
     return Answer(model, "too few images to say", f"{size} is too few images to say", None, tuple(found))

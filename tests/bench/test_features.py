@@ -86,7 +86,9 @@ def test_judge_features_are_the_judges() -> None:
     for name, logits in extractor.logits(batch).items():
         torch.testing.assert_close(logits, net(to_pixels(batch))[name])
     for wrong in (images(2, size=32), images(2)[:, :8], images(2)[:, :, :8]):
-        with pytest.raises(InputError, match=rf"16x16 images for --features demo, got {wrong.shape[1]}x{wrong.shape[2]};"):
+        with pytest.raises(
+            InputError, match=rf"16x16 images for --features demo, got {wrong.shape[1]}x{wrong.shape[2]};"
+        ):
             extractor(wrong)
 
 
