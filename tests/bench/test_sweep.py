@@ -216,16 +216,6 @@ def test_images_that_are_gone_or_others(jobs: list[Job], tmp_path: Path) -> None
     assert len(sweep.images(jobs[0][0], 99)) == 5
 
 
-def test_copies_are_counted(jobs: list[Job], tmp_path: Path) -> None:
-    """As a padded sampler, or a model that collapsed, would leave them."""
-    sweep = swept(tmp_path, jobs[:1])
-    found = sweep.samples(jobs[0][0])
-    assert found.copies == 0 and found.hashes is not None
-    hashes = found.hashes.clone()
-    hashes[[4, 7]] = int(hashes[1])
-    assert type(found)(found.features, None, {}, hashes, 0.0).copies == 2
-
-
 def test_no_further_images_and_none_kept(jobs: list[Job], tmp_path: Path) -> None:
     sweep = sweep_in(tmp_path, small_plan(diversity=(0, 0)), kept=0)
     (found,) = sweep.run(jobs[:1], progress=False)
