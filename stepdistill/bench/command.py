@@ -190,13 +190,14 @@ def _results(yardstick: Yardstick, sweep: Sweep, jobs: Sequence[Job], samples: S
     (first, _), own = jobs[0], sweep.images(jobs[0][0])
     rows: list[Quality] = []
     numbers: dict[str, dict[str, list[float]]] = {}
-    notes = _beyond(jobs)
-    for (cell, _), found in zip(jobs, samples, strict=True):
+    notes, bar = _beyond(jobs), _bar("numbers and intervals")
+    for done, ((cell, _), found) in enumerate(zip(jobs, samples, strict=True), 1):
         pair: dict[str, Any] = {} if cell == first else {"teacher": samples[0], "images": (sweep.images(cell), own)}
         rows += yardstick.rows(cell, found, **pair)
         numbers[cell.slug] = yardstick.measure.per_image(found, **pair)
         if found.copies:
             notes.append(f"{cell}: {found.copies} of {yardstick.n} images are copies of others.")
+        bar(done, len(jobs))
     notes += _reference_notes(yardstick)
     if 0 < sweep.kept < yardstick.n and any(RMS in row.values for row in rows):
         notes.append(f"RMS to teacher: of the first {sweep.kept} images.")

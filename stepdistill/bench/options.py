@@ -37,7 +37,7 @@ GROUPS: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
         ("--num_images", {"metavar": "N", "type": int, "help": "of each cell (default: one a prompt; demo: 1200)"}),
         ("--data", {"metavar": "PATH", "help": "real images: a folder, .tar shards, a data set, or a --make_reference file"}),
         ("--features", {"metavar": "WHAT", "default": "demo",
-                        "help": "what images are compared by: demo (default), inception, or a vision model's path or hub id"}),
+                        "help": "compared by: demo (default), inception, or a vision model's path, hub id, or id@revision"}),
         ("--metrics", {"metavar": "LIST", "default": "", "help": f"more of them, out of {','.join(OPTIONAL)}"}),
         ("--clip", {"metavar": "PATH", "help": "a CLIP, for the CLIP score"}),
         ("--diversity_prompts", {"metavar": "P", "type": int, "default": 40, "help": "whose diversity is measured (40)"}),

@@ -152,7 +152,7 @@ class Reference:
         if other:
             raise InputError(
                 f"expected reference statistics by {features.name} ({features.weights_hash}), got those by {by['name']} "
-                f"({by['hash']}) in {path}; {make}"
+                f"({by['hash']}) in {path}; give --features those, or {make}"
             )
         return found
 

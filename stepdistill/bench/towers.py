@@ -65,11 +65,7 @@ class Tower:
             yield
         except InputError:
             raise
-        except (
-            *BROKEN,
-            ImportError,
-            IndexError,
-        ) as error:  # ImportError: a model that needs another library, e.g. timm
+        except (*BROKEN, ImportError, IndexError) as error:  # ImportError: it needs another library, e.g. timm
             reason = " ".join(str(error).split())[:500] or type(error).__name__
             raise InputError(f"expected {what} at {self}, got: {reason}; {self.fix}") from error
         finally:

@@ -17,6 +17,8 @@ from stepdistill.bench.kernels import cmmd, kid
 from stepdistill.bench.manifold import coverage, diversity, recall
 from stepdistill.bench.metrics import bootstrap_interval, frechet_distance, frechet_to, is_clear
 from stepdistill.bench.moments import Moments, frechet_between, merged_by_index
+from stepdistill.bench.plan import Plan
+from stepdistill.bench.samples import Samples, image_hashes
 from stepdistill.errors import InputError
 
 FEW = "ignore:Frechet distance of"
@@ -155,6 +157,19 @@ def test_prompts_that_padded_samplers_repeat_count_once() -> None:
     assert frechet_between(reference, once) == exact
     for measure in (recall, coverage, kid, cmmd):
         assert measure(merged, real) == measure(images, real)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 7])
+def test_batches_are_dealt_out_not_sampled(processes: int) -> None:
+    """So no process repeats an image to fill its last batch; images that are equal all the same are counted."""
+    n, plan = 20, Plan(tuple(f"prompt {i}" for i in range(20)), "here", diversity=(0, 0), batch_size=3)
+    hands = [[b for b in plan.batches() if b.number % processes == rank] for rank in range(processes)]
+    seen = [b.start + i for hand in hands for b in hand for i in range(len(b.prompts))]
+    assert sorted(seen) == list(range(n))
+    images = pictures(n, 0)
+    padded = images[sum(shares(n, 3, 4), [])]
+    copies = [Samples(gaussian(len(x), 2, 0), None, {}, image_hashes(x), 1.0).copies for x in (images[seen], padded)]
+    assert copies == [0, 4]
 
 
 def test_images_of_another_run_are_refused() -> None:

@@ -146,6 +146,8 @@ def test_clip_score_is_each_images_own(clip: Path) -> None:
     assert whole.std() > 0.1
     mixed = ClipScore(str(clip), batch_size=1)([PROMPTS[i] for i in order], batch[order])["clip"]
     torch.testing.assert_close(mixed, whole[order], rtol=1e-6, atol=1e-6)
+    short, long = (ClipScore(str(clip))._embed(["x", other]) for other in ("b", "the end of it all"))
+    assert torch.equal(short[0], long[0])  # to the last bit: all texts are padded to one length
     alone = ClipScore(str(clip), batch_size=5)(PROMPTS[2:3], batch[2:3])["clip"]
     torch.testing.assert_close(alone, whole[2:3], rtol=1e-6, atol=1e-6)
 

@@ -216,21 +216,18 @@ def test_images_that_are_gone_or_others(jobs: list[Job], tmp_path: Path) -> None
     assert len(sweep.images(jobs[0][0], 99)) == 5
 
 
-def test_copies_are_counted(jobs: list[Job], tmp_path: Path) -> None:
-    """As a padded sampler, or a model that collapsed, would leave them."""
-    sweep = swept(tmp_path, jobs[:1])
-    found = sweep.samples(jobs[0][0])
-    assert found.copies == 0 and found.hashes is not None
-    hashes = found.hashes.clone()
-    hashes[[4, 7]] = int(hashes[1])
-    assert type(found)(found.features, None, {}, hashes, 0.0).copies == 2
-
-
 def test_no_further_images_and_none_kept(jobs: list[Job], tmp_path: Path) -> None:
     sweep = sweep_in(tmp_path, small_plan(diversity=(0, 0)), kept=0)
     (found,) = sweep.run(jobs[:1], progress=False)
     assert found.spread is None and len(found.features) == len(PROMPTS) and found.evaluations == 4
     assert not list(tmp_path.rglob("*.png"))
+
+
+def test_fewer_prompts_than_diversity_is_asked_of(jobs: list[Job], tmp_path: Path) -> None:
+    plan = small_plan(prompts=PROMPTS[:2], diversity=(40, 2))
+    (found,) = sweep_in(tmp_path, plan).run(jobs[:1], progress=False)
+    assert found.spread is not None and found.spread.shape == (2, 2, 12) and found.evaluations == 4
+    assert plan.identity()["diversity"] == [2, 2]
 
 
 @pytest.fixture
@@ -286,12 +283,3 @@ def test_an_error_leaves_no_half_line(
     with pytest.raises(InputError, match="^teacher, 2 steps, guidance 3: expected finite pixels, got nan$"):
         sweep_in(tmp_path).run(jobs)
     assert capsys.readouterr().err.endswith("\n")
-
-
-def test_too_little_memory(jobs: list[Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def images(*_: Any) -> Any:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(Contender, "images", images)
-    with pytest.raises(InputError, match="room for 4 images a call, got: out of memory; lower --batch_size"):
-        swept(tmp_path, jobs)

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from sweeping import PROMPTS, Killed, drawn, dying, files_of, jobs_of, small_plan, sweep_in, swept, teacher_of
 from tiny import tiny_pipeline
@@ -283,3 +284,12 @@ def test_a_folder_that_another_process_is_at(jobs: list[Job], whole: dict[str, b
         other.kill()
     swept(tmp_path, jobs)
     assert files_of(tmp_path) == whole
+
+
+def test_too_little_memory(jobs: list[Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def images(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Contender, "images", images)
+    with pytest.raises(InputError, match="room for 4 images a call, got: out of memory; lower --batch_size"):
+        swept(tmp_path, jobs)

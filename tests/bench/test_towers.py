@@ -26,25 +26,33 @@ def away(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The hub's cache with a CLIP: two commits, of which `main` and `v2` are the names."""
+    """The hub's cache with a CLIP: two commits, of other weights and another filter, and names of them."""
     from huggingface_hub import constants
 
     repository = tmp_path / "hub" / "models--org--clip"
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(repository.parent))
-    for i, (name, commit) in enumerate({"main": "a" * 40, "v2": "b" * 40}.items()):
+    for i, (names, commit) in enumerate({("main",): "a" * 40, ("v2", "refs/pr/1"): "b" * 40}.items()):
         model = build("clip")
         with torch.no_grad():
             model.visual_projection.weight.copy_(model.visual_projection.weight.roll(i, 0))
-        tokenizer().save_pretrained(str(save(model, repository / "snapshots" / commit)))
-        (repository / "refs").mkdir(exist_ok=True)
-        (repository / "refs" / name).write_text(commit, encoding="utf-8")
+        tokenizer().save_pretrained(str(save(model, repository / "snapshots" / commit, resample=3 - i)))
+        for name in names:
+            file = repository / "refs" / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(commit, encoding="utf-8")
     return repository
 
 
 def test_a_hub_id_from_the_cache(cache: Path, away: None) -> None:
     """Its main branch, or the revision after an @: a branch, a tag or a commit."""
     batch = images(2)
-    for spec, commit in {"org/clip": "a", "org/clip@v2": "b", f"org/clip@{'b' * 40}": "b", "org/clip@": "a"}.items():
+    for spec, commit in {
+        "org/clip": "a",
+        "org/clip@v2": "b",
+        f"org/clip@{'b' * 40}": "b",
+        "org/clip@": "a",
+        "org/clip@refs/pr/1": "b",
+    }.items():
         extractor = open_features(spec)
         folder = cache / "snapshots" / (commit * 40)
         assert extractor.name == spec and extractor.weights_hash == VisionFeatures(str(folder)).weights_hash

@@ -38,7 +38,7 @@ def root(table: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         path = tmp_path / document
         path.parent.mkdir(parents=True, exist_ok=True)
         blocks = [block for block in table.BLOCKS if block.document == document]
-        path.write_text("a\n" + "".join(f"{b.begin}\nold\n{b.end}\nafter {b.name}\n" for b in blocks))
+        path.write_text("a\n" + "".join(f"{b.begin}\nOUTDATED\n{b.end}\nafter {b.name}\n" for b in blocks))
     return tmp_path
 
 
@@ -47,7 +47,7 @@ def test_each_table_goes_between_its_markers(table: ModuleType, root: Path, caps
         table.main([])
         for block in table.BLOCKS:
             text = (root / block.document).read_text()
-            assert text.startswith("a\n") and "old" not in text and f"{block.end}\nafter {block.name}\n" in text
+            assert text.startswith("a\n") and "OUTDATED" not in text and f"{block.end}\nafter {block.name}\n" in text
             body = text.partition(block.begin)[2].partition(block.end)[0]
             assert body.startswith("\n\n| ") and body.endswith(
                 f"\n\nFrom `{block.source}`.\n\n"
@@ -95,9 +95,9 @@ def test_a_document_without_the_markers_or_a_result_that_is_missing_stays(
 ) -> None:
     first, second = table.BLOCKS[:2]
     assert first.document == second.document == "README.md"
-    (root / "README.md").write_text(f"a\n{first.begin}\nold\n")
+    (root / "README.md").write_text(f"a\n{first.begin}\nOUTDATED\n")
     table.main([])
-    assert (root / "README.md").read_text() == f"a\n{first.begin}\nold\n"
+    assert (root / "README.md").read_text() == f"a\n{first.begin}\nOUTDATED\n"
     said = capsys.readouterr().err
     assert f"lacks {first.begin}" in said and f"lacks {second.begin}" in said
     (root / second.source).unlink()
