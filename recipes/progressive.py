@@ -57,6 +57,7 @@ def main(parsed: Parsed[Recipe]) -> None:
     data = cache_latents(model, source, r.data, rank=trainer.rank, world=trainer.world, wait=trainer.wait)
     if r.guidance_steps:
         trainer.fit(GuidanceDistill(w, student, model.denoiser), data, name="guidance", steps=r.guidance_steps)
+        model.set_aside(student)
     method = Progressive(r.method, student, teacher=None if r.guidance_steps else model.denoiser)
     samples = sampler(model, student, lambda: plans[method.steps], r.train.validation_prompts, r.output_dir)
 
@@ -65,6 +66,7 @@ def main(parsed: Parsed[Recipe]) -> None:
             samples(trainer.step)
             place = rung_folder(r.output_dir, method.steps)
             export_student(place, model, student, r.teacher, plans[method.steps], r.export, r.output_dir)
+        model.set_aside(student)  # a full student is the teacher of the next rung
 
     trainer.fit(method, data, name="ladder", on_validate=samples, on_round=rung)
     if trainer.is_main:

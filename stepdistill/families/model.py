@@ -50,6 +50,11 @@ class Model(ABC):
             module.to(device)
         return self
 
+    def set_aside(self, student: Denoiser) -> None:
+        """Moves this model's denoiser to the CPU, for trainings that need it no more; not where the student is made of it."""
+        if student.adapters is None and student.module is not self.denoiser.module:
+            self.denoiser.module.to("cpu")
+
     @abstractmethod
     def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """(mean, std) of the scaled latents of pixels [B, 3, H, W] in [-1, 1]; each [B, C, h, w] float32."""

@@ -472,3 +472,14 @@ def test_a_saved_full_student_loads_with_its_guidance_input(folders: dict[str, P
     assert not torch.equal(trained, look(student, given, guidance=scale + 1.0))
     student.net = loaded
     torch.testing.assert_close(look(student, given, guidance=scale), trained, **EXACT)
+
+
+def test_set_aside_is_what_no_student_is_made_of(case: tuple[Family, Path], monkeypatch: pytest.MonkeyPatch):
+    model, moved = opened(case[1]), []
+    monkeypatch.setattr(type(model.denoiser.module), "to", lambda module, *to: moved.append((module, to)) or module)
+    model.set_aside(model.denoiser)
+    assert not moved
+    model.set_aside(model.denoiser.student(StudentConfig(kind="full")))
+    assert moved == [(model.denoiser.module, ("cpu",))]
+    model.set_aside(model.denoiser.with_lora(LoraSpec(rank=2, alpha=2, targets=tuple(model.denoiser.lora_targets))))
+    assert len(moved) == 1
