@@ -13,7 +13,16 @@ from .verdict import answers
 
 UNCLEAR = "unclear"
 _AGAINST = ("against", "against_low", "against_high")
-_SHOWN = ("fd_infinity", "kid", "cmmd", "recall", "coverage", "diversity", "clip_score", ACCURACY)  # CSV and JSON have all
+_SHOWN = (
+    "fd_infinity",
+    "kid",
+    "cmmd",
+    "recall",
+    "coverage",
+    "diversity",
+    "clip_score",
+    ACCURACY,
+)  # CSV and JSON have all
 
 
 def markdown(results: Results) -> str:
