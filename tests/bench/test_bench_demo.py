@@ -110,6 +110,23 @@ def test_real_images_stand_at_the_floor_and_the_ceiling(judge: Judge, reference:
     assert rows[0].values["fd"] != rows[1].values["fd"] and rows[0].values["kid"] != rows[1].values["kid"]
 
 
+def test_real_images_are_drawn_in_parts(
+    judge: Judge, reference: Reference, stick: Yardstick, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which have their own captions, and together are all."""
+    monkeypatch.setattr(yardstick, "_PART", 5)
+    asked: list[str] = []
+    monkeypatch.setattr(
+        "stepdistill.bench.scores.read_labels",
+        lambda texts: asked.extend(texts) or World(TEST_SEED).labels(range(len(asked) - len(texts), len(asked))),
+    )
+    (found,), (whole,) = (s.real.values() for s in (demo_yardstick(judge, (COUNT,), reference=reference), stick))
+    assert {key: value["value"] for key, value in found.items()} == pytest.approx(
+        {key: value["value"] for key, value in whole.items()}, rel=1e-5
+    )
+    assert tuple(asked) == stick.plan.prompts
+
+
 def test_the_plan_is_the_test_worlds(stick: Yardstick) -> None:
     assert list(stick.plan.prompts) == World(TEST_SEED).captions(range(COUNT))
     assert stick.plan.spread == (3, 2)

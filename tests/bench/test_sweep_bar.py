@@ -77,6 +77,6 @@ def test_an_error_leaves_no_half_line(
         raise InputError("expected finite pixels, got nan")
 
     monkeypatch.setattr(Contender, "images", images)
-    with pytest.raises(InputError, match="^teacher, 2 steps, guidance 3: expected finite pixels, got nan$"):
+    with pytest.raises(InputError, match="^teacher, 2 steps, guidance 3: expected finite pixels, got nan$") as caught:
         sweep_in(tmp_path).run(jobs)
-    assert capsys.readouterr().err.endswith("\n")
+    assert caught.traceback and capsys.readouterr().err.endswith("\n")  # while the error still holds the bar
