@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,16 +32,16 @@ pytestmark = pytest.mark.filterwarnings("ignore:Frechet distance of")  # far few
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few of everything, and short captions, all there is room for in the tiny tokenizer, which no judge is to read."""
     captions = World.captions
-    with monkeypatch.context() as patch:
-        patch.setattr("stepdistill.bench.yardstick.RESAMPLES", 20)
-        patch.setattr("stepdistill.bench.yardstick.DIVERSITY", (3, 2))
-        patch.setattr(demo, "REPEATS", 2)
-        patch.setattr("stepdistill.bench.scores.read_labels", lambda texts: World(TEST_SEED).labels(range(len(texts))))
-        patch.setattr(World, "captions", lambda world, indices: [c[:20] for c in captions(world, indices)])
-        yield
+    monkeypatch.setattr("stepdistill.bench.yardstick.RESAMPLES", 20)
+    monkeypatch.setattr("stepdistill.bench.yardstick.DIVERSITY", (3, 2))
+    monkeypatch.setattr(demo, "REPEATS", 2)
+    monkeypatch.setattr(
+        "stepdistill.bench.scores.read_labels", lambda texts: World(TEST_SEED).labels(range(len(texts)))
+    )
+    monkeypatch.setattr(World, "captions", lambda world, indices: [c[:20] for c in captions(world, indices)])
 
 
 @pytest.fixture(scope="module")
