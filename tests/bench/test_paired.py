@@ -1,4 +1,4 @@
-"""A student's images against its teacher's, and two models against one another: by hand, and what pairing is for."""
+"""A student's images against its teacher's, by hand."""
 
 from __future__ import annotations
 
