@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from ..errors import InputError
 from ..families.loading import DEMO_JUDGE
+from ..training.processes import end_gloo_at_exit
 from .contenders import Contender, open_contenders, side_of
 from .extractors import open_features
 from .features import FeatureExtractor, Images
@@ -100,6 +101,7 @@ def bench(options: BenchOptions) -> Results | None:
 
 
 def _processes() -> PartialState:
+    end_gloo_at_exit()
     return PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
 
 

@@ -1,12 +1,8 @@
-"""Image against image and prompt against prompt: how far a student is from its teacher, and whether two models differ at all.
-
-Paired numbers need no large N: what prompts have in common, which is most of their spread, cancels.
-"""
+"""Image against image: how far a student's is from its teacher's of the same prompt and noise."""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +10,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from .features import Images, checked_images
-from .metrics import bootstrap_interval, checked_features
+from .metrics import checked_features
 
 
 def pixel_distances(images: Images, teacher: Images) -> Tensor:
@@ -60,44 +56,3 @@ def feature_distances(features: Tensor, teacher: Tensor) -> Tensor:
     if len(a) != len(b):
         raise ValueError(f"expected features of the same prompts, got {len(a)} and the teacher's {len(b)}")
     return (a - b).norm(dim=1)
-
-
-class Difference(NamedTuple):
-    """Mean of a - b over prompts and its 95 % bootstrap interval."""
-
-    mean: float
-    interval: tuple[float, float]
-
-
-def paired_difference(values_a: Tensor, values_b: Tensor, seed: int, n: int = 1000) -> Difference:
-    """How much larger one model's values are than another's on the same prompts; an interval that holds 0 says: not known.
-
-    Args:
-        values_a: [P], one a prompt: a distance, a hit, a score. Average several images of a prompt first.
-        values_b: [P], of the same prompts in the same order.
-        seed: of the bootstrap, which draws prompts again with both their values.
-        n: resamples.
-
-    Raises ValueError for unequal shapes, no prompts, nan or inf.
-    """
-    if values_a.shape != values_b.shape or values_a.ndim != 1 or not len(values_a):
-        raise ValueError(
-            f"expected two values [P] of the same prompts, got {tuple(values_a.shape)} and {tuple(values_b.shape)}"
-        )
-    differences = values_a.detach().to("cpu", torch.float64) - values_b.detach().to("cpu", torch.float64)
-    if not torch.isfinite(differences).all():
-        raise ValueError("expected finite values, got nan or inf; look at the images they were computed from")
-    # prompts that are drawn in pairs are differences that are drawn
-    interval = bootstrap_interval(lambda d: float(d.mean()), differences, n=n, seed=seed, paired=True)
-    return Difference(float(differences.mean()), interval)
-
-
-def indistinguishable(interval_a: tuple[float, float], interval_b: tuple[float, float]) -> bool:
-    """Whether two intervals overlap, or touch: then neither model is ranked above the other.
-
-    ValueError for an interval whose ends are nan or in the wrong order.
-    """
-    for low, high in (interval_a, interval_b):
-        if not low <= high:
-            raise ValueError(f"expected an interval (low, high), got ({low}, {high})")
-    return max(interval_a[0], interval_b[0]) <= min(interval_a[1], interval_b[1])

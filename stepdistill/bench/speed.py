@@ -46,9 +46,8 @@ def speeds(
     calls = {cell: partial(_call, cell, contender, plan) for cell, contender in jobs}
     for cell, call in calls.items():
         progress(f"first call and memory of {cell}")
-        with suppress(
-            MemoryError, RuntimeError
-        ):  # out of memory: the next line finds so too, or raises what else it was
+        # out of memory: what is next finds so too, or raises what else it was
+        with suppress(MemoryError, RuntimeError):
             first[cell] = first_call(lambda call=call: partial(call, sizes[0]))  # type: ignore[misc]
         fits[cell] = batch_sizes_that_fit(sizes, call)
     found = []

@@ -184,9 +184,8 @@ class Sweep:
             if index < self.kept:
                 write_whole(self._image(cell, index), _png(image))
         counted = torch.tensor(count.samples, dtype=torch.int64)
-        write_tensors(
-            self._part(cell, batch), {**tensors, "hashes": image_hashes(images), "evaluations": counted}
-        )  # last: a part says that its images lie there too
+        tensors |= {"hashes": image_hashes(images), "evaluations": counted}
+        write_tensors(self._part(cell, batch), tensors)  # last: a part says that its images lie there too
 
     def _finish(self, cell: Cell, batches: Sequence[Batch]) -> None:
         """Waits for all parts of a cell and joins them."""

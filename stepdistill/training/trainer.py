@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from ..data.order import DataSet
 from ..errors import InputError
@@ -18,6 +16,7 @@ from .folder import RunFolder, on_main
 from .loop import Fit
 from .optimization import NonFiniteError
 from .parallel import refuse_other_wrappers
+from .processes import end_gloo_at_exit
 from .stopping import Stop
 from .trackers import tracker_classes
 
@@ -52,7 +51,7 @@ class Trainer:
         self.place = RunFolder(self.folder, config_yaml, resume=config.resume_from_checkpoint is not None)
         on_main(self.accelerator, self.place.take)
         self.stop = Stop(speaks=self.is_main)
-        atexit.register(_end_gloo)
+        end_gloo_at_exit()
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses to be deterministic
             torch.use_deterministic_algorithms(True)
@@ -132,13 +131,3 @@ class Trainer:
                 run.rounds(on_validate, on_round)
         finally:
             run.close()
-
-
-def _end_gloo() -> None:
-    """Ends the process group while Python still runs.
-
-    A process that ends soon after a collective is aborted now and then by a thread of gloo that has not finished with it
-    (torch 2.13, one exit in some twenty on a busy machine), and launchers take the whole run down with it.
-    """
-    if dist.is_initialized() and dist.get_backend() == "gloo":
-        dist.destroy_process_group()

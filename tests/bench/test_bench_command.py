@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,11 +16,15 @@ from tiny import tiny_images
 
 from stepdistill import cli
 from stepdistill.bench import command as module
+from stepdistill.bench.contenders import Contender, open_contenders
 from stepdistill.bench.metrics import frechet_distance
-from stepdistill.bench.real import DataImages
+from stepdistill.bench.options import BenchOptions, add_arguments
+from stepdistill.bench.plan import Plan
+from stepdistill.bench.real import DataImages, WorldImages
 from stepdistill.bench.reference import Reference
 from stepdistill.bench.report import write_report
-from stepdistill.bench.rows import Cell, Results, Value
+from stepdistill.bench.rows import Cell, Results, Speed, Value
+from stepdistill.demo.world import World
 
 FEW = pytest.mark.filterwarnings("ignore:Frechet distance of")  # far fewer images than a real run has
 
@@ -62,6 +67,7 @@ def test_from_flags_to_files(
         "value",
         "interval",
     }  # 30 photos: 12 held out, 18 to compare with
+    assert not any("No floor" in note for note in results.notes)
     protocol = results.protocol
     assert protocol["prompts"]["count"] == COUNT and protocol["reference"]["count"] == 18
     assert protocol["features"] == {"name": "corners", "hash": "0c", "dim": 12}
@@ -124,6 +130,70 @@ def test_a_sweep_goes_on_and_its_cells_are_kept(flags: Any, tmp_path: Path) -> N
 
 
 @FEW
+def test_images_that_are_kept_and_cells_that_are_made_again(
+    flags: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "KEPT", 9)
+    folder = tmp_path / "cells" / "lcm-2-1" / "images"
+    cli.main(flags(tmp_path, "--skip_latency"))
+    first = Results.read(tmp_path / "results.json")
+    assert len(list(folder.iterdir())) == 9 and "RMS to teacher: of the first 9 images." in first.notes
+    assert len(first.samples["lcm-2-1"]["rms_to_teacher"]) == 9
+    cli.main(flags(tmp_path, "--skip_latency", "--save_images", "--seed=1", "--overwrite"))
+    again = Results.read(tmp_path / "results.json")
+    assert len(list(folder.iterdir())) == COUNT and not any("RMS" in note for note in again.notes)
+    assert again.protocol["seeds"]["noise"] == 1 and again.quality[3].values["fd"] != first.quality[3].values["fd"]
+
+
+@FEW
+def test_a_model_that_draws_the_same_again(flags: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Contender.images
+
+    def images(self: Contender, cell: Cell, prompts: Any, plan: Plan, start: int = 0) -> Any:
+        found = original(self, cell, prompts, plan, start)
+        if cell == Cell("lcm", 1, 1.0) and start == 0:  # of five
+            found[3:] = found[1]
+        return found
+
+    monkeypatch.setattr(Contender, "images", images)
+    cli.main(flags(tmp_path, "--skip_latency"))
+    notes = Results.read(tmp_path / "results.json").notes
+    assert [note for note in notes if "copies" in note] == [
+        f"lcm, 1 step, guidance 1: 2 of {COUNT} images are copies of others."
+    ]
+
+
+def test_seconds_over_evaluations_are_of_single_images() -> None:
+    rows = [
+        Speed(Cell(model, steps, 1.0), size, (0.5 + 0.1 * steps * size,) * 2, {}, float(steps))
+        for model in ("teacher", "lcm")
+        for steps in (1, 2, 4)
+        for size in (1, 8)
+    ]
+    found = module.fits(Results([], {}, rows))
+    assert set(found) == {"teacher", "lcm"}
+    for line in found.values():
+        assert (line.fixed, line.per_evaluation) == pytest.approx((0.5, 0.1))
+    assert module.fits(Results([], {}, [row for row in rows if row.batch_size == 8])) == {}
+
+
+def test_the_cells_of_a_sweep(place: Path, tmp_path: Path) -> None:
+    contenders = open_contenders(str(place / "sd"), [str(place / "lcm")])
+    for more, expected in (
+        ([], ["teacher-3-3", "teacher-2-3", "teacher-1-3", "lcm-2-1", "lcm-1-1"]),
+        (["--steps=3,1", "--teacher_guidance=3,2"],  # 3 steps are the teacher's own, and are a cell once
+         ["teacher-3-3", "teacher-1-3", "teacher-3-2", "teacher-1-2", "lcm-3-1", "lcm-1-1"]),
+        (["--steps=2", "--guidance=1,1.5"], ["teacher-3-3", "teacher-2-3", "lcm-2-1", "lcm-2-1.5"]),
+    ):  # fmt: skip
+        parser = argparse.ArgumentParser()
+        add_arguments(parser)
+        options = BenchOptions.read(vars(parser.parse_args(bench_words(place, tmp_path, *more)[1:])))
+        jobs = module.cells(options, contenders)
+        assert [cell.slug for cell, _ in jobs] == expected
+        assert all(contender.name == cell.model for cell, contender in jobs)
+
+
+@FEW
 def test_too_few_real_images_give_no_floor(flags: Any, tmp_path: Path, place: Path) -> None:
     few = tiny_images(tmp_path / "few", count=15)
     cli.main([w if not w.startswith("--data") else f"--data={few}" for w in flags(tmp_path / "out", "--skip_latency")])
@@ -174,3 +244,39 @@ def test_the_demo_out_of_the_box(untrained: Path, tmp_path: Path, monkeypatch: p
     assert results.real(16, "accuracy") == Value(1.0, (1.0, 1.0)) and results.floor(16) is not None
     assert results.protocol["reference"]["count"] == 20_000 and "demo" in results.protocol["prompts"]["source"]
     assert results.quality[1].values["fd"].value > 2 * values["fd"].value  # a single step is worse
+
+
+@FEW
+def test_accuracy_is_of_the_demos_captions_at_the_demos_size(
+    flags: Any, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A judge can't check other prompts, and can't see images of another size."""
+    captions = World.captions
+    monkeypatch.setattr(World, "captions", lambda world, indices: [c[:20] for c in captions(world, indices)])
+    cli.main(flags(tmp_path / "small", "--skip_latency", "--steps=1", "--prompts=demo", "--num_images=4"))
+    words = [f"--prompts={place / 'prompts.txt'}", "--num_images=4", "--steps=1", "--teacher_steps=1", "--skip_latency"]
+    cli.main(["bench", "--teacher=demo", "--diversity_images=0", f"--output_dir={tmp_path / 'other'}", *words])
+    for name in ("small", "other"):
+        results = Results.read(tmp_path / name / "results.json")
+        assert results.protocol["scores"] == {} and "accuracy" not in results.quality[0].values
+
+
+def test_the_statistics_that_ship_are_of_one_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SHIPPED", tmp_path / "shipped.safetensors")
+    monkeypatch.setattr(module, "WorldImages", lambda: WorldImages(9))
+    Reference.measure(Corners(), WorldImages(12), 16).save(module.SHIPPED)
+    for resolution, count in ((16, 12), (32, 9)):
+        assert module._reference("demo", Corners(), resolution, 4, tmp_path)().count == count
+    assert Reference.load(tmp_path / module.REFERENCE, Corners()).about["resolution"] == 32
+
+
+def test_one_bar_is_told_of_all_parts(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    bars: list[Any] = []
+    original = module.tqdm
+    monkeypatch.setattr(module, "tqdm", lambda **how: bars.append(original(**how)) or bars[-1])
+    move = module._bar("real images")
+    assert not bars  # nothing to tell yet
+    for done in (3, 5, 8):
+        move(done, 8)
+    assert [(bar.n, bar.total, bar.disable) for bar in bars] == [(8, 8, True)]  # closed
+    assert "real images: 100%" in capsys.readouterr().err

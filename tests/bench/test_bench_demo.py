@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,16 +32,16 @@ pytestmark = pytest.mark.filterwarnings("ignore:Frechet distance of")  # far few
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few of everything, and short captions, all there is room for in the tiny tokenizer, which no judge is to read."""
     captions = World.captions
-    with monkeypatch.context() as patch:
-        patch.setattr("stepdistill.bench.yardstick.RESAMPLES", 20)
-        patch.setattr("stepdistill.bench.yardstick.DIVERSITY", (3, 2))
-        patch.setattr(demo, "REPEATS", 2)
-        patch.setattr("stepdistill.bench.scores.read_labels", lambda texts: World(TEST_SEED).labels(range(len(texts))))
-        patch.setattr(World, "captions", lambda world, indices: [c[:20] for c in captions(world, indices)])
-        yield
+    monkeypatch.setattr("stepdistill.bench.yardstick.RESAMPLES", 20)
+    monkeypatch.setattr("stepdistill.bench.yardstick.DIVERSITY", (3, 2))
+    monkeypatch.setattr(demo, "REPEATS", 2)
+    monkeypatch.setattr(
+        "stepdistill.bench.scores.read_labels", lambda texts: World(TEST_SEED).labels(range(len(texts)))
+    )
+    monkeypatch.setattr(World, "captions", lambda world, indices: [c[:20] for c in captions(world, indices)])
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +107,23 @@ def test_real_images_stand_at_the_floor_and_the_ceiling(judge: Judge, reference:
             low, high = row.values[key].interval or (1.0, 0.0)
             assert low <= row.values[key].value <= high
     assert rows[0].values["fd"] != rows[1].values["fd"] and rows[0].values["kid"] != rows[1].values["kid"]
+
+
+def test_real_images_are_drawn_in_parts(
+    judge: Judge, reference: Reference, stick: Yardstick, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which have their own captions, and together are all."""
+    monkeypatch.setattr(yardstick, "_PART", 5)
+    asked: list[str] = []
+    monkeypatch.setattr(
+        "stepdistill.bench.scores.read_labels",
+        lambda texts: asked.extend(texts) or World(TEST_SEED).labels(range(len(asked) - len(texts), len(asked))),
+    )
+    (found,), (whole,) = (s.real.values() for s in (demo_yardstick(judge, (COUNT,), reference=reference), stick))
+    assert {key: value["value"] for key, value in found.items()} == pytest.approx(
+        {key: value["value"] for key, value in whole.items()}, rel=1e-5
+    )
+    assert tuple(asked) == stick.plan.prompts
 
 
 def test_the_plan_is_the_test_worlds(stick: Yardstick) -> None:

@@ -173,7 +173,7 @@ def test_steps_that_a_scheduler_refuses(base: Path, tmp_path: Path) -> None:
 
 def test_what_a_student_was_not_made_for_is_noted(base: Path, lora: Path, full: Path) -> None:
     _, small, large = open_contenders(str(base), [str(lora), str(full)])
-    assert small.note(Cell("lcm", 8, 1.0)) is None
+    assert small.note(Cell("lcm", 8, 1.0)) is None and "1, 2, 4, 8" in str(small.note(Cell("lcm", 3, 1.0)))
     assert "beyond the steps" in str(small.note(Cell("lcm", 16, 1.0))) and "1, 2, 4, 8" in str(
         small.note(Cell("lcm", 16, 1.0))
     )
@@ -196,6 +196,11 @@ def test_the_size_of_images(base: Path) -> None:
     teacher = teacher_of(base)
     assert side_of(teacher, small_plan()) == 32 and side_of(teacher, small_plan(resolution=64)) == 64
     assert teacher.images(Cell("teacher", 1, 1.0), ["a"], small_plan(resolution=64)).shape == (1, 64, 64, 3)
+    wide = Contender("wide", copy.deepcopy(teacher.pipe), "")
+    wide.pipe.unet.register_to_config(sample_size=(4, 8))
+    with pytest.raises(InputError, match="expected square images, got latents of 4x8 from wide; give --resolution"):
+        side_of(wide, small_plan())
+    assert side_of(wide, small_plan(resolution=64)) == 64
 
 
 def test_models_of_other_resolutions(base: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A student's images against its teacher's, and two models against one another: by hand, and what pairing is for."""
+"""A student's images against its teacher's, by hand."""
 
 from __future__ import annotations
 
@@ -8,13 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gaussians import gaussian
-from torch import Tensor
 
 from stepdistill.bench.paired import (
     feature_distances,
-    indistinguishable,
-    paired_difference,
     pixel_distances,
 )
 from stepdistill.errors import InputError
@@ -75,76 +71,3 @@ def test_feature_distances_by_hand() -> None:
             feature_distances(a, bad)
     with pytest.raises(ValueError, match="at least 1 images"):
         feature_distances(a[:0], b[:0])
-
-
-def values(n: int, seed: int, mean: float = 0.0, scale: float = 1.0) -> Tensor:
-    return gaussian(n, 1, seed, mean, scale)[:, 0]
-
-
-def test_a_difference_and_its_interval() -> None:
-    a, b = values(400, 0, mean=1.0), values(400, 1)
-    mean, (low, high) = paired_difference(a, b, seed=0, n=2000)
-    half = 1.96 * float((a - b).std()) / 20
-    assert mean == pytest.approx(float((a - b).mean()), rel=1e-12)
-    assert (low, high) == (pytest.approx(mean - half, abs=0.1 * half), pytest.approx(mean + half, abs=0.1 * half))
-    swapped = paired_difference(b, a, seed=0, n=2000)
-    assert swapped.mean == -mean and swapped.interval == (pytest.approx(-high), pytest.approx(-low))
-
-
-def test_what_prompts_have_in_common_cancels() -> None:
-    """Prompts differ by far more than the models do: pairs show the difference, models one by one don't."""
-    prompts = values(200, 0, scale=10.0)
-    a, b = prompts + 0.2 + values(200, 1, scale=0.1), prompts + values(200, 2, scale=0.1)
-    found = paired_difference(a, b, seed=0)
-    assert found.interval[0] > 0.15 and found.interval[1] < 0.25
-    shuffled = paired_difference(a, b[torch.randperm(200, generator=torch.Generator().manual_seed(0))], seed=0)
-    assert shuffled.interval[0] < 0 < shuffled.interval[1]
-    alone = [(float(x.mean()) - 1.4, float(x.mean()) + 1.4) for x in (a, b)]
-    assert indistinguishable(*alone)
-
-
-def test_equal_models_have_no_difference() -> None:
-    a = values(50, 0)
-    assert paired_difference(a, a.clone(), seed=0) == (0.0, (0.0, 0.0))
-    hits = a > 0
-    assert paired_difference(hits, hits, seed=0).mean == 0.0  # 0 and 1 are numbers too
-
-
-def test_a_difference_is_a_function_of_the_seed() -> None:
-    a, b = values(50, 0), values(50, 1)
-    assert paired_difference(a, b, seed=1) == paired_difference(a, b, seed=1)
-    assert paired_difference(a, b, seed=1).interval != paired_difference(a, b, seed=2).interval
-
-
-@pytest.mark.slow
-def test_the_interval_covers_the_difference() -> None:
-    inside = 0
-    for i in range(200):
-        low, high = paired_difference(values(100, 2 * i, mean=0.3), values(100, 2 * i + 1), seed=i, n=300).interval
-        inside += low <= 0.3 <= high
-    assert 180 <= inside <= 199
-
-
-@pytest.mark.parametrize(
-    ("a", "b", "message"),
-    [
-        (torch.zeros(3), torch.zeros(4), "same prompts"),
-        (torch.zeros(3, 2), torch.zeros(3, 2), "same prompts"),
-        (torch.zeros(0), torch.zeros(0), "same prompts"),
-        (torch.tensor([1.0, math.nan]), torch.zeros(2), "finite"),
-    ],
-)
-def test_values_that_are_no_pairs(a: Tensor, b: Tensor, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        paired_difference(a, b, seed=0)
-
-
-def test_overlapping_intervals_are_indistinguishable() -> None:
-    assert indistinguishable((0.0, 2.0), (1.0, 3.0)) and indistinguishable((1.0, 3.0), (0.0, 2.0))
-    assert indistinguishable((0.0, 9.0), (4.0, 5.0)) and indistinguishable((4.0, 5.0), (0.0, 9.0))
-    assert indistinguishable((0.0, 1.0), (1.0, 2.0)) and indistinguishable((1.0, 2.0), (0.0, 1.0))
-    assert not indistinguishable((0.0, 1.0), (1.1, 2.0)) and not indistinguishable((1.1, 2.0), (0.0, 1.0))
-    for bad in ((1.0, 0.0), (math.nan, 1.0), (0.0, math.nan)):
-        for pair in (((0.0, 1.0), bad), (bad, (0.0, 1.0))):
-            with pytest.raises(ValueError, match="expected an interval"):
-                indistinguishable(*pair)

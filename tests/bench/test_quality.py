@@ -81,10 +81,19 @@ def test_a_distance_in_closed_form(measure: Measure) -> None:
 
 def test_smaller_sizes_are_the_first_of_all(measure: Measure) -> None:
     features, scores = normal(), torch.rand(N, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    both = measure.rows(CELL, samples(features, accuracy=scores), [50, N])
-    few = measure.rows(CELL, samples(features[:50], accuracy=scores[:50]), [50])
+    other = normal(seed=3)
+    both, few = (
+        measure.rows(
+            CELL,
+            samples(features[:n], **{"accuracy": scores[:n], "accuracy/shape": scores[:n]}),
+            sizes,
+            samples(other[:n]),
+        )
+        for n, sizes in ((N, [50, N]), (50, [50]))
+    )
     assert both[0] == few[0] and [row.n for row in both] == [50, N]
-    assert both[0].values["fd"] != both[1].values["fd"]
+    for key in ("fd", "accuracy", "accuracy/shape", "features_to_teacher"):
+        assert both[0].values[key].value != both[1].values[key].value
     with pytest.raises(ValueError, match=f"expected {N + 1} images"):
         measure.rows(CELL, samples(features), [N + 1])
 

@@ -36,7 +36,7 @@ class Shades:
 
     def read(self, indices: Sequence[int], resolution: int) -> list[Any]:
         shape = (resolution, resolution, 3)
-        return [None if i in self.bad else np.full(shape, i, np.uint8) for i in indices]
+        return [None if i in self.bad else np.full(shape, i % 256, np.uint8) for i in indices]
 
 
 def features_of(shades: Sequence[int]) -> torch.Tensor:
@@ -66,7 +66,7 @@ def test_all_features_where_there_are_few() -> None:
     assert len(found.features) == 40 and found.held.shape == (0, 12)
 
 
-def test_images_that_cant_be_read() -> None:
+def test_images_that_cant_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
     order = list(Shades(200).order())
     found = Reference.measure(Corners(), Shades(200, bad=order[3:4] + order[-1:]), 8, held=50)
     assert found.count == 148 and len(found.features) == 148
@@ -78,6 +78,9 @@ def test_images_that_cant_be_read() -> None:
     for where in (order[:2], order[2:4]):
         with pytest.raises(InputError, match="2 real images or more beside 197 that are held out, got [01] in shades"):
             Reference.measure(Corners(), Shades(200, bad=where), 8, held=197)
+    with pytest.raises(InputError, match="beside 298 that are held out, got 0 in shades"):
+        Reference.measure(Corners(), Shades(300, bad=range(3)), 8, held=298)
+    monkeypatch.setattr(Shades, "read", lambda *_: pytest.fail("read"))  # what is known before is said before
     with pytest.raises(InputError, match="beside 39 that are held out, got 1 in shades; give more --data"):
         Reference.measure(Corners(), Shades(), 8, held=39)
 

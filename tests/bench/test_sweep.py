@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +12,28 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load
-from sweeping import PROMPTS, Corners, Greens, Killed, dying, files_of, jobs_of, small_plan, sweep_in, swept, teacher_of
+from sweeping import (
+    PROMPTS,
+    Corners,
+    Greens,
+    Killed,
+    drawn,
+    dying,
+    files_of,
+    jobs_of,
+    small_plan,
+    sweep_in,
+    swept,
+    teacher_of,
+)
 from tiny import tiny_pipeline
 
-from stepdistill.bench import sweep as module
 from stepdistill.bench.contenders import Contender
 from stepdistill.bench.generate import generate
 from stepdistill.bench.plan import APART, Plan
 from stepdistill.bench.rows import Cell
 from stepdistill.bench.samples import image_hashes
-from stepdistill.bench.sweep import Job
+from stepdistill.bench.sweep import Job, Sweep
 from stepdistill.errors import InputError
 
 
@@ -140,6 +151,17 @@ def test_processes_share_the_batches_and_agree(
     assert [len(found[rank]) for rank in range(world)] == [2] + [0] * (world - 1)
 
 
+def test_nobody_joins_parts_while_others_look_for_theirs(
+    jobs: list[Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    original = Sweep._missing
+    monkeypatch.setattr(Sweep, "_missing", lambda *args: events.append("looks") or original(*args))
+    monkeypatch.setattr(Contender, "images", lambda *args: events.append("makes") or drawn(*args))
+    sweep_in(tmp_path, wait=lambda: events.append("waits")).run(jobs[:1], progress=False)
+    assert events == ["waits", "looks", "waits", *["makes"] * 5]
+
+
 def test_a_process_without_the_main_ones_folder(jobs: list[Job], tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--output_dir a folder that all nodes share"):
         swept(tmp_path, jobs, rank=1, world=2)
@@ -180,6 +202,12 @@ def test_cells_of_other_weights_or_another_extractor(jobs: list[Job], tmp_path: 
     other = Contender(contender.name, contender.pipe, "another")
     with pytest.raises(InputError, match="weights differ"):
         swept(tmp_path, [(cell, other)])
+    other = Contender(contender.name, contender.pipe, contender.weights, {}, {2: {"timesteps": [9, 1]}})
+    with pytest.raises(InputError, match="got another's: schedule differ"):
+        swept(tmp_path, [(cell, other)])
+    half = copy.deepcopy(contender.pipe).to(torch.bfloat16)
+    with pytest.raises(InputError, match="got another's: dtype differ"):
+        swept(tmp_path, [(cell, Contender(contender.name, half, contender.weights))])
     with pytest.raises(InputError, match="images kept differ"):
         swept(tmp_path, jobs[:1], kept=10)
     sweep = sweep_in(tmp_path)
@@ -228,58 +256,3 @@ def test_fewer_prompts_than_diversity_is_asked_of(jobs: list[Job], tmp_path: Pat
     (found,) = sweep_in(tmp_path, plan).run(jobs[:1], progress=False)
     assert found.spread is not None and found.spread.shape == (2, 2, 12) and found.evaluations == 4
     assert plan.identity()["diversity"] == [2, 2]
-
-
-@pytest.fixture
-def bar(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
-    """Where the bar stands after each batch."""
-    seen: list[float] = []
-    original = module._Bar.advance
-
-    def advance(self: Any, cell: Cell) -> None:
-        original(self, cell)
-        seen.append(self.bar.n)
-
-    monkeypatch.setattr(module._Bar, "advance", advance)
-    return seen  # type: ignore[return-value]
-
-
-def test_the_bar_counts_cells_by_their_steps(
-    jobs: list[Job], tmp_path: Path, bar: list[float], capsys: pytest.CaptureFixture[str]
-) -> None:
-    sweep_in(tmp_path).run(jobs)
-    # five batches of 2 steps, then five of 1: of two cells the first takes two thirds of the time
-    assert bar == pytest.approx([4 / 15 * i for i in range(1, 6)] + [4 / 3 + 2 / 15 * i for i in range(1, 6)])
-    assert "2.00/2" in capsys.readouterr().err
-
-
-def test_the_bar_knows_what_was_finished_before(jobs: list[Job], tmp_path: Path, bar: list[float]) -> None:
-    swept(tmp_path, jobs[:1])
-    bar.clear()
-    sweep_in(tmp_path).run(jobs)
-    assert bar == pytest.approx([1.2, 1.4, 1.6, 1.8, 2.0])
-
-
-def test_what_was_there_before_tells_nothing_of_the_time_that_is_left(
-    jobs: list[Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    swept(tmp_path, jobs[:1])
-    bars: list[Any] = []
-    original = module._Bar.advance
-    monkeypatch.setattr(module._Bar, "advance", lambda self, cell: (bars.append(self.bar), original(self, cell)))
-    sweep_in(tmp_path).run(jobs)
-    assert {bar.initial for bar in bars} == {1} and bars[0].n == pytest.approx(2)
-
-
-def test_an_error_leaves_no_half_line(
-    jobs: list[Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    """The bar is ended, so that what is said next has a line of its own; and the cell is named."""
-
-    def images(*_: Any) -> Any:
-        raise InputError("expected finite pixels, got nan")
-
-    monkeypatch.setattr(Contender, "images", images)
-    with pytest.raises(InputError, match="^teacher, 2 steps, guidance 3: expected finite pixels, got nan$"):
-        sweep_in(tmp_path).run(jobs)
-    assert capsys.readouterr().err.endswith("\n")

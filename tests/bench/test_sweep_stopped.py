@@ -145,18 +145,23 @@ def test_killed_between_any_two_writes(jobs: list[Job], tmp_path: Path, monkeypa
 def test_killed_between_any_two_writes_while_cells_are_made_again(
     jobs: list[Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without --overwrite what is left is refused, or of one sweep; never a mixture."""
+    """Without --overwrite what is left is refused, or of one sweep, the new or the old; never a mixture."""
     monkeypatch.setattr(Contender, "images", drawn)
     old, new, options = small_plan(**FEW, seed=8), small_plan(**FEW), {"kept": 1}
     swept(tmp_path / "old", jobs, old, kept=3)
     swept(tmp_path / "whole", jobs, new, **options)
-    expected = files_of(tmp_path / "whole")
+    expected, before = files_of(tmp_path / "whole"), files_of(tmp_path / "old")
     refused = 0
     for place in stopped_everywhere(
         tmp_path,
         lambda p: swept(p, jobs, new, overwrite=True, **options),
         lambda p: shutil.copytree(tmp_path / "old", p),
     ):
+        back = shutil.copytree(place, tmp_path / "back")
+        with contextlib.suppress(InputError):
+            swept(back, jobs, old, kept=3)
+            assert files_of(back) == before, place.name
+        shutil.rmtree(back)
         try:
             swept(place, jobs, new, **options)
         except InputError:

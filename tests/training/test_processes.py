@@ -99,3 +99,25 @@ def test_a_full_disk_ends_all_processes(tmp_path: Path) -> None:
     found = CheckpointStore(tmp_path / "run" / "checkpoints").find(strict=True)
     assert found is not None and found.step == 4 and [p.name for p in found.path.parent.iterdir()] == ["4"]
     fit_in(tmp_path / "run", Everything(), ema_decay=0.9, resume_from_checkpoint="latest")
+
+
+def test_a_collective_that_is_over_does_not_abort_the_process_at_its_end(tmp_path: Path) -> None:
+    """Gloo's thread lets go of the last tensor slowly, while Python ends, and DDP holds the group."""
+    script = f"""
+import time, torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from stepdistill.training.processes import end_gloo_at_exit
+
+class Slow(torch.Tensor):
+    def __del__(self):
+        time.sleep(0.1)
+
+end_gloo_at_exit()
+dist.init_process_group("gloo", init_method={(tmp_path / "store").as_uri()!r}, rank=0, world_size=1)
+held = DistributedDataParallel(torch.nn.Linear(2, 2))
+held(torch.ones(1, 2)).sum().backward()
+dist.all_reduce(torch.ones(20_000_000).as_subclass(Slow), async_op=True)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
