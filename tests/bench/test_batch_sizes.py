@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -25,14 +24,7 @@ from stepdistill.errors import InputError
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 MB = 2**20
 
-
-@pytest.fixture(autouse=True, scope="module")
-def little_to_collect() -> Iterator[None]:
-    """What the libraries made when they were imported is left out of the many collections here: most of their time."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("little_to_collect")
 
 
 def block(megabytes: int) -> Tensor:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sweeping import Corners, bench_place, bench_words, files_of
+from sweeping import Corners, files_of
 from tiny import tiny_images
 
 from stepdistill import cli
@@ -20,19 +18,6 @@ from stepdistill.bench.sweep import Sweep
 from stepdistill.errors import InputError
 
 FEW = pytest.mark.filterwarnings("ignore:Frechet distance of")  # far fewer images than a real run has
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return bench_place(tmp_path_factory.mktemp("place"))
-
-
-@pytest.fixture
-def flags(place: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
-    monkeypatch.setattr(module, "open_features", lambda spec, device: Corners())
-    monkeypatch.setattr(module, "RESAMPLES", 20)
-    monkeypatch.setattr(module, "write_report", lambda *_: None)  # seconds each
-    return partial(bench_words, place)
 
 
 @pytest.mark.parametrize(

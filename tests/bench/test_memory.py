@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -21,14 +20,7 @@ from stepdistill.bench.memory import Peak, available_memory, first_call, free_ca
 CPU = torch.device("cpu")
 MB = 2**20
 
-
-@pytest.fixture(autouse=True, scope="module")
-def little_to_collect() -> Iterator[None]:
-    """What the libraries made when they were imported is left out of the many collections here: most of their time."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("little_to_collect")
 
 
 def block(megabytes: int) -> Tensor:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from sweeping import jobs_of, small_plan, teacher_of
-from tiny import tiny_pipeline
+from sweeping import jobs_of, small_plan
 
 from stepdistill.bench import speed as module
 from stepdistill.bench.contenders import Contender
@@ -14,11 +13,6 @@ from stepdistill.bench.memory import BatchSizes, Peak
 from stepdistill.bench.plan import Plan
 from stepdistill.bench.rows import Cell
 from stepdistill.bench.speed import speeds
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Contender:
-    return teacher_of(tiny_pipeline(tmp_path_factory.mktemp("tiny")))
 
 
 def test_each_cell_at_each_size(teacher: Contender) -> None:

@@ -24,9 +24,7 @@ from sweeping import (
     small_plan,
     sweep_in,
     swept,
-    teacher_of,
 )
-from tiny import tiny_pipeline
 
 from stepdistill.bench.contenders import Contender
 from stepdistill.bench.generate import generate
@@ -35,24 +33,6 @@ from stepdistill.bench.rows import Cell
 from stepdistill.bench.samples import image_hashes
 from stepdistill.bench.sweep import Job, Sweep
 from stepdistill.errors import InputError
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Contender:
-    return teacher_of(tiny_pipeline(tmp_path_factory.mktemp("tiny")))
-
-
-@pytest.fixture
-def jobs(teacher: Contender) -> list[Job]:
-    return jobs_of([teacher])
-
-
-@pytest.fixture(scope="module")
-def whole(teacher: Contender, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The files of a sweep that nothing disturbed."""
-    folder = tmp_path_factory.mktemp("whole")
-    swept(folder, jobs_of([teacher]))
-    return files_of(folder)
 
 
 def test_the_samples_are_those_of_the_images(jobs: list[Job], tmp_path: Path) -> None:

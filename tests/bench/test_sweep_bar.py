@@ -7,24 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sweeping import jobs_of, sweep_in, swept, teacher_of
-from tiny import tiny_pipeline
+from sweeping import sweep_in, swept
 
 from stepdistill.bench import sweep as module
 from stepdistill.bench.contenders import Contender
 from stepdistill.bench.rows import Cell
 from stepdistill.bench.sweep import Job
 from stepdistill.errors import InputError
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Contender:
-    return teacher_of(tiny_pipeline(tmp_path_factory.mktemp("tiny")))
-
-
-@pytest.fixture
-def jobs(teacher: Contender) -> list[Job]:
-    return jobs_of([teacher])
 
 
 @pytest.fixture

@@ -18,32 +18,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sweeping import PROMPTS, Killed, drawn, dying, files_of, jobs_of, small_plan, sweep_in, swept, teacher_of
-from tiny import tiny_pipeline
+from sweeping import PROMPTS, Killed, drawn, dying, files_of, small_plan, sweep_in, swept
 
 from stepdistill.bench import sweep as module
 from stepdistill.bench.contenders import Contender
 from stepdistill.bench.plan import APART
 from stepdistill.bench.sweep import Job
 from stepdistill.errors import InputError
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Contender:
-    return teacher_of(tiny_pipeline(tmp_path_factory.mktemp("tiny")))
-
-
-@pytest.fixture
-def jobs(teacher: Contender) -> list[Job]:
-    return jobs_of([teacher])
-
-
-@pytest.fixture(scope="module")
-def whole(teacher: Contender, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The files of a sweep that nothing disturbed."""
-    folder = tmp_path_factory.mktemp("whole")
-    swept(folder, jobs_of([teacher]))
-    return files_of(folder)
 
 
 class Disk:

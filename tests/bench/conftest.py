@@ -1,0 +1,57 @@
+"""What several files here begin with."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+from sweeping import Corners, bench_place, bench_words, files_of, jobs_of, swept, teacher_of
+from tiny import tiny_pipeline
+
+from stepdistill.bench import command
+from stepdistill.bench.contenders import Contender
+from stepdistill.bench.sweep import Job
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Contender:
+    return teacher_of(tiny_pipeline(tmp_path_factory.mktemp("tiny")))
+
+
+@pytest.fixture
+def jobs(teacher: Contender) -> list[Job]:
+    return jobs_of([teacher])
+
+
+@pytest.fixture(scope="module")
+def whole(teacher: Contender, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The files of a sweep that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    swept(folder, jobs_of([teacher]))
+    return files_of(folder)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return bench_place(tmp_path_factory.mktemp("place"))
+
+
+@pytest.fixture
+def flags(place: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """The command's words, for a command whose slow parts are replaced."""
+    monkeypatch.setattr(command, "open_features", lambda spec, device: Corners())
+    monkeypatch.setattr(command, "RESAMPLES", 20)
+    monkeypatch.setattr(command, "write_report", lambda *_: None)  # seconds each
+    return partial(bench_words, place)
+
+
+@pytest.fixture(scope="module")
+def little_to_collect() -> Iterator[None]:
+    """What the libraries made when they were imported is left out of many collections: most of their time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
