@@ -40,7 +40,8 @@ def main(parsed: Parsed[Recipe]) -> None:
     from stepdistill.bench.finish import finish_ladder, sampler
     from stepdistill.data.latents import cache_latents
     from stepdistill.data.open import open_source
-    from stepdistill.export.progressive import progressive_sampling, rung_folder
+    from stepdistill.export.folder import rung_folder
+    from stepdistill.export.progressive import progressive_sampling
     from stepdistill.export.student import export_student
     from stepdistill.methods.guidance_distill import GuidanceDistill
     from stepdistill.methods.progressive import Progressive

@@ -129,7 +129,7 @@ def bench_place(folder: Path) -> Path:
     """Fills a folder with a teacher, a student of it, prompts and photos."""
     base = tiny_pipeline(folder / "sd")
     model = opened(base)
-    export_student(folder / "lcm", model, student_of(model), TeacherConfig(str(base)), LCMConfig())
+    export_student(folder / "lcm", model, student_of(model), TeacherConfig(str(base)), lcm_sampling(LCMConfig(), model))
     tiny_images(folder / "photos", count=30)
     (folder / "prompts.txt").write_text("".join(f"thing {i}\n" for i in range(COUNT)))
     return folder

@@ -130,12 +130,19 @@ def cells(options: BenchOptions, contenders: Sequence[Contender]) -> list[Job]:
 
     Raises InputError for steps that a scheduler refuses.
     """
-    teacher = contenders[0]
-    steps = (options.teacher_steps, *sorted(options.steps, reverse=True))
-    jobs = [(Cell(TEACHER, k, scale), teacher) for scale in options.teacher_guidance for k in steps]
-    for student in contenders[1:]:
+    teacher, *students = contenders
+    made = {k for student in students for k in student.steps(options.steps)} or teacher.steps(options.steps)
+    steps = sorted(made, reverse=True)
+    jobs = [(Cell(TEACHER, k, g), teacher) for g in options.teacher_guidance for k in (options.teacher_steps, *steps)]
+    for student in students:
         scales = options.guidance or (float(student.facts["guidance_scale"]),)
-        jobs += [(Cell(student.name, k, g), student) for g in scales for k in sorted(options.steps, reverse=True)]
+        steps = sorted(student.steps(options.steps), reverse=True)
+        jobs += [(Cell(student.name, k, g), student) for g in scales for k in steps]
+    if left := {student.name for student in students} - {cell.model for cell, _ in jobs}:
+        rungs = ", ".join(str(k) for student in students if student.name in left for k in student.steps())
+        raise InputError(
+            f"expected --steps among the rungs of --student {', '.join(sorted(left))}, {rungs}, got none; fix --steps"
+        )
     for cell, contender in jobs:
         contender.schedule(cell.steps)
     return list(dict(jobs).items())

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from ..errors import InputError
-from ..export.folder import FACTS
+from ..export.folder import FACTS, RUNGS, rung_folders
 from ..families import TeacherConfig
 from .features import Images, hash_weights
 from .generate import denoiser_of, generate, latent_shape
@@ -27,6 +27,7 @@ from .opening import open_pipeline, open_student
 from .plan import Plan
 from .rows import TEACHER, Cell
 
+USUAL = (8, 4, 2, 1)  # steps
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -39,13 +40,22 @@ class Contender:
         pipe: stock, ready to be called.
         weights: a hash of all its weights and of its scheduler.
         facts: its stepdistill.json; {} for the teacher and for students from elsewhere.
+        rung: whether it is one of several under one name, a ladder, and sampled in its own number of steps alone.
     """
 
     name: str
     pipe: Any
     weights: str
     facts: dict[str, Any] = field(default_factory=dict)
+    rung: bool = False
     _schedules: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+    def steps(self, asked: Sequence[int] = ()) -> tuple[int, ...]:
+        """The numbers of steps that it is sampled in; where none are asked for, those that it is made for, or the usual."""
+        own = tuple(self.facts.get("steps", ()))
+        if self.rung:
+            return tuple(k for k in own if not asked or k in asked)
+        return tuple(asked) or own or USUAL
 
     def schedule(self, steps: int) -> dict[str, Any]:
         """What the pipeline is told beside the number of steps: {} where its scheduler then visits what it should.
@@ -118,7 +128,8 @@ def open_contenders(
 
     Args:
         teacher: a Diffusers folder, hub id, single file, or "demo".
-        students: run folders (with stepdistill.json), or folders and hub ids of Diffusers pipelines of few steps.
+        students: run folders (with stepdistill.json; of a ladder each rung is a contender), or folders and hub ids of
+            Diffusers pipelines of few steps.
         dtype: fp32, fp16 or bf16, of all weights.
         variant: of the teacher's files, e.g. fp16.
         device: where all of them go.
@@ -130,8 +141,10 @@ def open_contenders(
     names, known = {TEACHER}, dict[int, str]()
     found = [Contender(TEACHER, first, weights_of(first, known))]
     for path in students:
-        pipe, facts = open_student(path, first, config, DTYPES[dtype])
-        found.append(Contender(_unique(path, names), pipe, weights_of(pipe, known), facts))
+        name, rungs = _unique(path, names), rung_folders(Path(path).expanduser())
+        for place in [str(rung) for rung in rungs] or [path]:
+            pipe, facts = open_student(place, first, config, DTYPES[dtype])
+            found.append(Contender(name, pipe, weights_of(pipe, known), facts, rung=bool(rungs)))
     _check_alike(found)
     for contender in found:
         contender.pipe.to(device)
@@ -151,7 +164,9 @@ def weights_of(pipe: Any, known: dict[int, str]) -> str:
 
 def _unique(path: str, names: set[str]) -> str:
     """The last part of a path, numbered where it is taken, as a name that is also one of a file, on any disk."""
-    stem = Path(path).expanduser().resolve().name.replace(" ", "_")
+    folder = Path(path).expanduser().resolve()
+    of = f"{folder.parents[1].name}-" if folder.parent.name == RUNGS else ""  # a single rung: its name is a number
+    stem = f"{of}{folder.name}".replace(" ", "_")
     name, number = stem, 2
     while name.casefold() in names:
         name, number = f"{stem}-{number}", number + 1

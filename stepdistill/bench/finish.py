@@ -54,6 +54,7 @@ def sampler(
         if not prompts:
             return
         pipe, now = model.pipeline(student), plan()
+        told: dict[int, dict[str, Any]] = {k: {"sigmas": now.sigmas[str(k)]} if now.sigmas else {} for k in now.steps}
         pipe.scheduler = type(now.scheduler).from_config(now.scheduler.config)
         with student.active(), _in_their_own_dtypes([student.module, *pipe.vae.children()]):
             columns = {
@@ -63,9 +64,9 @@ def sampler(
                     steps=steps,
                     guidance_scale=now.guidance_scale,
                     seed=seed,
-                    **({"sigmas": now.sigmas[str(steps)]} if now.sigmas else {}),
+                    **more,
                 )
-                for steps in now.steps
+                for steps, more in told.items()
             }
         path = Path(folder) / "samples" / f"{step:06d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)

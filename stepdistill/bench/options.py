@@ -10,7 +10,7 @@ from typing import Any
 
 from ..config import CommaList
 from ..errors import InputError
-from ..export.folder import FACTS, read_facts
+from ..export.folder import FACTS, read_facts, rung_folders
 from .quantities import OPTIONAL
 from .writing import check_folder
 
@@ -24,7 +24,7 @@ GROUPS: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
         ("--teacher", {"metavar": "PATH", "help": "a Diffusers folder, hub id, .safetensors file, or demo"}),
         ("--student", {"metavar": "PATH", "action": "append", "default": [],
                        "help": "an --output_dir of a training, or a Diffusers pipeline of few steps; repeatable"}),
-        ("--steps", {"metavar": "LIST", "default": "1,2,4,8", "help": "of the students, and of the teacher too (1,2,4,8)"}),
+        ("--steps", {"metavar": "LIST", "help": "of students and teacher (default: those that the students are for)"}),
         ("--guidance", {"metavar": "LIST", "help": "of the students (default: each one's own, from its stepdistill.json)"}),
         ("--teacher_steps", {"metavar": "N", "type": int, "default": 50, "help": "that the teacher is meant for (50)"}),
         ("--teacher_guidance", {"metavar": "LIST", "help": "the first is what students are held against (7.5; demo: 1.5)"}),
@@ -76,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 class BenchOptions:
     """The flags of a sweep, checked; defaults that depend on others are filled in.
 
-    Attributes are named as the flags are; lists are tuples, and `guidance` is empty where each student's own counts.
+    Attributes are named as the flags are; lists are tuples; `steps` and `guidance` are empty where each student's own count.
     """
 
     teacher: str
@@ -114,7 +114,7 @@ class BenchOptions:
         found = cls(
             teacher=teacher,
             students=tuple(flags["student"]),
-            steps=_ints(flags, "steps"),
+            steps=_ints(flags, "steps") if flags["steps"] is not None else (),
             guidance=_scales(flags, "guidance") if flags["guidance"] is not None else (),
             teacher_steps=_least(flags, "teacher_steps", 1),
             teacher_guidance=_scales({"teacher_guidance": GUIDANCE.get(teacher, USUAL), **given}, "teacher_guidance"),
@@ -175,12 +175,13 @@ def check_student(path: str, guidance: Sequence[float]) -> None:
     local = folder.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1
     if local and not folder.is_dir():
         raise InputError(f"expected a student's folder, got nothing at --student {path}; fix the path")
-    if (folder / FACTS).is_file():
-        facts = read_facts(folder)
-        if "takes" not in facts or "weights" not in facts:
+    exports = rung_folders(folder) or [folder] * (folder / FACTS).is_file()
+    for export in exports:
+        if not {"takes", "weights"} <= read_facts(export).keys():
             raise InputError(
                 f"expected {FACTS} of an export in --student {path}, got another file; stepdistill export {path}"
             )
+    if exports:
         return
     if local and not (folder / INDEX).is_file():
         found, fix = "neither", "give the --output_dir of a training that has ended"

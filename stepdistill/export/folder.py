@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 FACTS = "stepdistill.json"
+RUNGS = "rungs"
 TEMP, ASIDE = ".exporting", ".replaced"
 
 
@@ -23,6 +24,19 @@ def read_facts(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def rung_folder(folder: str | Path, steps: int) -> Path:
+    """Where the student of so many steps is exported in the run folder of a ladder."""
+    return Path(folder) / RUNGS / str(steps)
+
+
+def rung_folders(folder: Path) -> list[Path]:
+    """The exported rungs of a ladder's run folder, most steps first; [] in other folders."""
+    if (folder / FACTS).is_file():
+        return []
+    rungs = [path.parent for path in (folder / RUNGS).glob(f"*/{FACTS}") if path.parent.name.isdecimal()]
+    return sorted(rungs, key=lambda path: -int(path.name))
 
 
 def commit(source: Path, folder: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -66,11 +65,6 @@ def progressive_sampling(method: ProgressiveConfig, model: Model, steps: int, ta
         guidance_note=_held(method.w_min),
         sigmas=sigmas,
     )
-
-
-def rung_folder(folder: str | Path, steps: int) -> Path:
-    """Where the student of so many steps is exported in a run folder."""
-    return Path(folder) / "rungs" / str(steps)
 
 
 def guidance_sampling(method: GuidanceDistillConfig, model: Model, takes_guidance: bool = False) -> Sampling:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ from stepdistill.bench.reference import Reference
 from stepdistill.bench.report import write_report
 from stepdistill.bench.rows import Cell, Results, Speed, Value
 from stepdistill.demo.world import World
+from stepdistill.errors import InputError
+from stepdistill.export.folder import FACTS, rung_folder
 
 FEW = pytest.mark.filterwarnings("ignore:Frechet distance of")  # far fewer images than a real run has
 
@@ -176,6 +180,50 @@ def test_the_cells_of_a_sweep(place: Path, tmp_path: Path) -> None:
         jobs = module.cells(options, contenders)
         assert [cell.slug for cell, _ in jobs] == expected
         assert all(contender.name == cell.model for cell, contender in jobs)
+
+
+def ladder_of(place: Path, folder: Path, *steps: int) -> Path:
+    """A run folder of such rungs: exports of one number of steps each."""
+    for k in steps:
+        rung = rung_folder(folder, k)
+        shutil.copytree(place / "lcm", rung)
+        facts = json.loads((rung / FACTS).read_text())
+        (rung / FACTS).write_text(json.dumps({**facts, "steps": [k]}))
+    return folder
+
+
+def cells_of(place: Path, student: Path, *more: str) -> list[str]:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    words = [w for w in bench_words(place, place / "unused", *more, student=student)[1:] if w != "--steps=2,1"]
+    jobs = module.cells(
+        BenchOptions.read(vars(parser.parse_args(words))), open_contenders(str(place / "sd"), [str(student)])
+    )
+    assert all(cell.steps in contender.steps((cell.steps,)) for cell, contender in jobs)
+    return [cell.slug for cell, _ in jobs]
+
+
+def test_without_steps_each_student_makes_those_that_it_is_for(place: Path, tmp_path: Path) -> None:
+    ladder = ladder_of(place, tmp_path / "ladder", 2, 5)
+    teacher = ["teacher-3-3", "teacher-5-3", "teacher-2-3"]
+    assert cells_of(place, ladder) == [*teacher, "ladder-5-1", "ladder-2-1"]
+    assert cells_of(place, ladder, "--steps=4,2") == ["teacher-3-3", "teacher-2-3", "ladder-2-1"]
+    assert cells_of(place, ladder / "rungs" / "5") == ["teacher-3-3", "teacher-5-3", "ladder-5-5-1"]
+    usual = ["8", "4", "2", "1"]
+    assert cells_of(place, place / "lcm") == [
+        "teacher-3-3",
+        *(f"teacher-{k}-3" for k in usual),
+        *(f"lcm-{k}-1" for k in usual),
+    ]
+    with pytest.raises(InputError, match=r"among the rungs of --student ladder, 5, 2, got none; fix --steps"):
+        cells_of(place, ladder, "--steps=4,1")
+
+
+def test_a_ladder_with_a_broken_rung(place: Path, tmp_path: Path) -> None:
+    ladder = ladder_of(place, tmp_path / "ladder", 2, 1)
+    (ladder / "rungs" / "1" / FACTS).write_text("{}")
+    with pytest.raises(InputError, match=r"expected stepdistill.json of an export in --student .*ladder"):
+        cells_of(place, ladder)
 
 
 @FEW

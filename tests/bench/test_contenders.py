@@ -20,11 +20,15 @@ from tiny_sdxl import tiny_sdxl
 from stepdistill.bench.contenders import Contender, open_contenders, side_of, weights_of
 from stepdistill.bench.generate import denoiser_of
 from stepdistill.bench.rows import Cell
+from stepdistill.config import CommaList
 from stepdistill.errors import InputError
+from stepdistill.export.folder import rung_folder
 from stepdistill.export.lcm import lcm_sampling
+from stepdistill.export.progressive import progressive_sampling
 from stepdistill.export.student import export_student
 from stepdistill.families import TeacherConfig
 from stepdistill.methods.lcm import LCMConfig
+from stepdistill.methods.progressive import ProgressiveConfig
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +51,34 @@ def lora(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def full(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return exported(base, tmp_path_factory.mktemp("others") / "lcm", "full")
+
+
+@pytest.fixture(scope="module")
+def ladder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A teacher, and the run folder of two rungs of it."""
+    base = tiny_pipeline(tmp_path_factory.mktemp("v"), prediction_type="v_prediction")
+    model, run = opened(base), tmp_path_factory.mktemp("ladders") / "rapid"
+    student = student_of(model)
+    config = ProgressiveConfig(teacher_steps=20, rungs=CommaList(("10", "2")))
+    for steps in config.ladder():
+        plan = progressive_sampling(config, model, steps)
+        export_student(rung_folder(run, steps), model, student, TeacherConfig(str(base)), plan)
+    return base, run
+
+
+def test_a_ladder_is_one_model_whose_rungs_make_their_own_steps(ladder: tuple[Path, Path]) -> None:
+    base, run = ladder
+    _, ten, two = open_contenders(str(base), [str(run)])
+    assert [(c.name, c.rung, c.steps()) for c in (ten, two)] == [("rapid", True, (10,)), ("rapid", True, (2,))]
+    assert (ten.steps((2, 1)), two.steps((2, 1))) == ((), (2,))
+    assert denoiser_of(ten.pipe) is not denoiser_of(two.pipe)
+
+
+def test_a_single_rung_is_sampled_as_asked(ladder: tuple[Path, Path]) -> None:
+    base, run = ladder
+    teacher, two = open_contenders(str(base), [str(run / "rungs" / "2")])
+    assert (two.name, two.rung, two.steps(), two.steps((4, 1))) == ("rapid-2", False, (2,), (4, 1))
+    assert teacher.steps() == (8, 4, 2, 1)
 
 
 @torch.no_grad()
