@@ -59,7 +59,7 @@ def main(parsed: Parsed[Benchmark]) -> None:
     import torch
 
     from stepdistill.bench.contenders import open_contenders
-    from stepdistill.bench.demo import evaluate, seconds_note
+    from stepdistill.bench.demo import Entry, evaluate, seconds_note
     from stepdistill.bench.judge import Judge
     from stepdistill.bench.rows import TEACHER, Cell, Results
     from stepdistill.bench.speed import speeds
@@ -77,7 +77,7 @@ def main(parsed: Parsed[Benchmark]) -> None:
     rows = kept(options.output, yardstick.protocol())
     for guidance, steps in itertools.product(options.guidance.floats(), options.steps.ints()):
         if Cell(TEACHER, steps, guidance) not in {row.cell for row in rows}:
-            rows += evaluate(teacher, yardstick, options.samples, (steps,), guidance)
+            rows += evaluate([Entry(teacher, (steps,), guidance)], yardstick, options.samples)
             Results(rows, yardstick.protocol()).write(options.output)
     rows = sorted(rows, key=lambda r: (r.n, r.cell.guidance, -r.cell.steps))
     speed, _ = speeds([(cell, teacher) for cell in dict.fromkeys(row.cell for row in rows)], yardstick.plan)

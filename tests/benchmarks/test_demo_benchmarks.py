@@ -46,21 +46,23 @@ def write(path: Path, *rows: Quality) -> None:
     Results(list(rows), PROTOCOL, speed).write(path)
 
 
-def test_a_students_command_is_one_that_the_recipe_takes(tmp_path: Path) -> None:
-    module = script("demo_lcm_lora")
-    words = module.command(tmp_path / "7", 7, 5000, threads=1)
+@pytest.mark.parametrize(("name", "settings"), [("lcm_lora", ""), ("progressive", "--train.max_train_steps 9")])
+def test_a_students_command_is_one_that_the_recipe_takes(tmp_path: Path, name: str, settings: str) -> None:
+    module = script("demo_students")
+    options = module.Benchmark(recipe=name, settings=settings, threads=1)
+    words = module.command(options, tmp_path / "7", 7)
     assert words[words.index("--num_cpu_threads_per_process") + 1] == "1"
-    start = words.index(str(ROOT / "recipes" / "lcm_lora.py")) + 1
-    recipe = parse(
-        load_recipe().Recipe, words[start:], defaults=ROOT / "recipes" / "configs" / "lcm_lora_demo.yaml"
-    ).recipe
+    start = words.index(str(ROOT / "recipes" / f"{name}.py")) + 1
+    defaults = ROOT / "recipes" / "configs" / f"{name}_demo.yaml"
+    recipe = parse(load_recipe(name).Recipe, words[start:], defaults=defaults).recipe
+    assert (recipe.train.max_train_steps == 9) == bool(settings)
     assert (recipe.train.seed, recipe.eval.images, recipe.output_dir) == (7, 5000, str(tmp_path / "7"))
     assert recipe.train.resume_from_checkpoint == "latest" and recipe.teacher.path == "demo"
-    assert "--num_cpu_threads_per_process" not in module.command(tmp_path, 0, 10, threads=0)
+    assert "--num_cpu_threads_per_process" not in module.command(module.Benchmark(), tmp_path, 0)
 
 
 def test_students_stand_under_the_teachers_lowest_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    module = script("demo_lcm_lora")
+    module = script("demo_students")
     rows = [ROW, row(50, 6.0, guidance=1.0), row(2, 40.0), row(2, 30.0, guidance=1.0)]
     for seed in (3, 4):
         write(tmp_path / "runs" / str(seed) / "results.json", *rows, row(2, 5.0 + seed, "student", 1.0))
@@ -89,7 +91,7 @@ def test_students_stand_under_the_teachers_lowest_rows(tmp_path: Path, capsys: p
 
 
 def test_a_run_that_is_missing_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = script("demo_lcm_lora")
+    module = script("demo_students")
     made: list[list[str]] = []
 
     def train(words: list[str], **options: Any) -> None:
@@ -101,7 +103,7 @@ def test_a_run_that_is_missing_is_made(tmp_path: Path, monkeypatch: pytest.Monke
     flags = ["--seeds", "0", "--images", "60", "--runs", str(tmp_path / "runs"), "--output", str(tmp_path / "out.json")]
     for _ in range(2):  # the second time it is there
         module.main(parse(module.Benchmark, flags))
-    assert made == [module.command(tmp_path / "runs" / "0", 0, 60, 0)]
+    assert made == [module.command(module.Benchmark(images=60), tmp_path / "runs" / "0", 0)]
 
 
 @pytest.fixture
@@ -137,9 +139,9 @@ def test_the_teachers_rows_go_on_where_they_stopped(
     measured: list[tuple[int, float]] = []
     original = demo.evaluate
 
-    def spy(contender: Any, stick: Any, folder: Any, steps: Any, guidance: float) -> list[Quality]:
-        measured.append((*steps, guidance))
-        return original(contender, stick, folder, steps, guidance)
+    def spy(entries: list[Any], stick: Any, folder: Any) -> list[Quality]:
+        measured.extend((*entry.steps, entry.guidance) for entry in entries)
+        return original(entries, stick, folder)
 
     monkeypatch.setattr(demo, "evaluate", spy)
     module.main(parse(module.Benchmark, [*small, "--steps", "2", "--guidance", "2"]))
