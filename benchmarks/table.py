@@ -133,6 +133,8 @@ BLOCKS = (
     Block("README.md", "results", SWEEP, results_table),
     Block("README.md", "step cost", RESULTS / "step_cost.json", step_cost),
     Block("docs/demo.md", "three seeds", RESULTS / "demo_lcm_lora.json", results_table),
+    Block("docs/demo.md", "ladders", RESULTS / "demo_progressive.json", results_table),
+    Block("docs/demo.md", "long ladder", RESULTS / "demo_progressive_long.json", results_table),
     Block("docs/guides/how_many_steps.md", "curve", RESULTS / "steps_vs_quality.json", curve),
     Block("docs/guides/how_many_steps.md", "metric cost", RESULTS / "metric_cost.json", metric_cost),
 )
