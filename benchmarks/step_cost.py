@@ -1,9 +1,9 @@
 """What a training step costs beyond the networks' own work: writes benchmarks/results/step_cost.json.
 
 Three comparisons on LCM-LoRA, all as ratios: the trainer against a loop written by hand, cached latents against encoding in
-the step, one base with adapters against a teacher with weights of its own. The two sides take turns step by step, in one
-thread, and it is CPU time that counts (on a GPU time), so that a busy machine slows both alike. Peak memory is measured in
-processes of their own. python benchmarks/step_cost.py
+the step, one base with adapters against a teacher with weights of its own. The first of them on progressive distillation of a
+full student too. The two sides take turns step by step, in one thread, and it is CPU time that counts (on a GPU time), so that
+a busy machine slows both alike. Peak memory is measured in processes of their own. python benchmarks/step_cost.py
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
-from step_setting import RANK, UNETS, Setting, load, save_pipeline
+from step_setting import FIRST_RUNG, LCM_LORA, RANK, SECOND_RUNG, UNETS, Setting, load, save_pipeline
 
 from stepdistill.bench.environment import environment
 from stepdistill.bench.metrics import bootstrap_interval
@@ -43,6 +44,8 @@ class Benchmark:
         repeats: fits of each comparison, and processes of each peak.
         batch: images a step.
         seed: of weights, data and noise.
+        only: measure the rows of this method alone and keep the others that `output` has, which must have been measured on
+            the same machine with the same options.
         output: the results file.
     """
 
@@ -50,7 +53,12 @@ class Benchmark:
     repeats: int = 3
     batch: int = 8
     seed: int = 0
+    only: Literal["lcm", "progressive"] | None = None
     output: str = str(Path(__file__).parent / "results" / "step_cost.json")
+
+    def measures(self, network: str) -> bool:
+        """Whether rows of this :attr:`Row.network` are asked for."""
+        return self.only is None or (self.only == "progressive") == ("progressive" in network)
 
     def __post_init__(self) -> None:
         if self.steps <= WARMUP or self.repeats < 1:
@@ -65,7 +73,7 @@ class Row:
 
     Attributes:
         what: "ours / theirs".
-        network: a key of `UNETS`.
+        network: a key of `UNETS`, and what is trained where that is not LCM-LoRA.
         quantity: "CPU time", "time", "peak memory" or "weights".
         ratio: the median over pairs of ours / theirs.
         interval: 95 % bootstrap interval of it; None for fewer than `FEW` pairs.
@@ -97,7 +105,7 @@ def compare(what: str, network: str, quantity: str, pairs: Pairs, seed: int) -> 
 
 def trainer_and_by_hand(setting: Setting, steps: int) -> Pairs:
     """Seconds of the trainer's steps, and of those by hand between them, which train weights of their own."""
-    other, theirs = Setting(setting.path, setting.batch, setting.seed).by_hand(), []
+    other, theirs = Setting(setting.path, setting.batch, setting.seed, setting.trained).by_hand(), []
     ours = setting.fit(steps, lambda step: theirs.append(next(other)))
     return ours[WARMUP:], theirs[WARMUP:]
 
@@ -174,37 +182,64 @@ def measure(options: Benchmark, paths: dict[str, str]) -> Iterator[Row]:
     """All rows; `paths` are the teachers by the keys of `UNETS`."""
     clocked = "time" if torch.accelerator.is_available() else "CPU time"
 
-    def setting(network: str) -> Setting:
-        return Setting(paths[network], options.batch, options.seed)
-
-    for what, network, pairs in (
-        (BY_HAND, "tiny", trainer_and_by_hand),
-        (BY_HAND, "demo", trainer_and_by_hand),
-        (ENCODING, "demo", cached_and_encoded),
-        (COPIES, "demo", shared_and_copied),
+    for what, network, trained, pairs in (
+        (BY_HAND, "tiny", LCM_LORA, trainer_and_by_hand),
+        (BY_HAND, "demo", LCM_LORA, trainer_and_by_hand),
+        (ENCODING, "demo", LCM_LORA, cached_and_encoded),
+        (COPIES, "demo", LCM_LORA, shared_and_copied),
+        (BY_HAND, "demo", FIRST_RUNG, trainer_and_by_hand),
+        (BY_HAND, "demo", SECOND_RUNG, trainer_and_by_hand),
     ):
-        fits = [pairs(setting(network), options.steps) for _ in range(options.repeats)]
-        ours, theirs = (list(chain.from_iterable(series)) for series in zip(*fits, strict=True))
-        yield compare(what, network, clocked, (ours, theirs), options.seed)
-    for network in ("demo", "wide"):
-        yield compare(COPIES, network, "weights", weights(setting(network)), options.seed)
+        label = network if trained == LCM_LORA else f"{network}, {trained}"
+        if options.measures(label):
+            given = paths[network], options.batch, options.seed, trained
+            fits = [pairs(Setting(*given), options.steps) for _ in range(options.repeats)]
+            ours, theirs = (list(chain.from_iterable(series)) for series in zip(*fits, strict=True))
+            yield compare(what, label, clocked, (ours, theirs), options.seed)
+    for network in filter(options.measures, ("demo", "wide")):
+        sizes = weights(Setting(paths[network], options.batch, options.seed))
+        yield compare(COPIES, network, "weights", sizes, options.seed)
         for what in (BY_HAND, COPIES):
             yield compare(what, network, "peak memory", peaks(what, paths[network], options), options.seed)
 
 
+def kept(options: Benchmark, about: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of the results file that are not measured anew; InputError where they were measured otherwise.
+
+    Args:
+        options: whose `only` says which.
+        about: protocol and environment of this run.
+    """
+    if options.only is None:
+        return []
+    path = Path(options.output)
+    if not path.is_file():
+        raise InputError(
+            f"expected a results file whose other rows to keep, got no {path}; fix --output or drop --only"
+        )
+    data = json.loads(path.read_text(encoding="utf-8"))
+    rows: list[dict[str, Any]] = data.pop("rows")
+    if data != json.loads(json.dumps(about)):
+        raise InputError(f"expected the options and the machine of {path} to keep rows of it, got others; drop --only")
+    return [row for row in rows if not options.measures(row["network"])]
+
+
 def main(parsed: Parsed[Benchmark]) -> None:
     """Measures, writes, prints."""
-    options, rows = parsed.recipe, []
+    options = parsed.recipe
     torch.set_num_threads(1)
+    asked = {name: value for name, value in asdict(options).items() if name not in ("output", "only")}
+    about = {"protocol": {**asked, "warmup": WARMUP, "rank": RANK, "unets": UNETS}, "environment": environment()}
+    rows = kept(options, about)
     with tempfile.TemporaryDirectory() as folder:
         paths = {name: save_pipeline(Path(folder) / name, unet, options.seed) for name, unet in UNETS.items()}
         for row in measure(options, paths):
             rows.append(asdict(row))
             print(f"{row.what}, {row.network}, {row.quantity}: {row.ratio:.3f}, interval {row.interval}", flush=True)
-    asked = {name: value for name, value in asdict(options).items() if name != "output"}
-    protocol = {**asked, "warmup": WARMUP, "rank": RANK, "unets": UNETS}
-    text = json.dumps({"protocol": protocol, "environment": environment(), "rows": rows}, indent=1, allow_nan=False)
-    Path(options.output).write_text(text + "\n", encoding="utf-8")
+    rows.sort(key=lambda row: "progressive" in row["network"])
+    Path(options.output).write_text(
+        json.dumps({**about, "rows": rows}, indent=1, allow_nan=False) + "\n", encoding="utf-8"
+    )
     print(f"written to {options.output}")
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from by_hand import ByHand
+from by_hand import LCMByHand, ProgressiveByHand
 from torch import Tensor
 
 from stepdistill.batch import Batch
@@ -19,6 +19,8 @@ from stepdistill.bench.latency import synchronise
 from stepdistill.families.config import TeacherConfig
 from stepdistill.method import Losses, Method
 from stepdistill.methods.lcm import LCM, LCMConfig
+from stepdistill.methods.progressive import Progressive, ProgressiveConfig
+from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.lora import LoraSpec
 from stepdistill.networks.network import Network
 from stepdistill.randomness import StepRandom
@@ -26,6 +28,8 @@ from stepdistill.training.config import TrainConfig
 
 SAMPLES = 64
 RANK = 32
+# what is trained: an adapter, or a full student of progressive distillation in its first rung or its second
+LCM_LORA, FIRST_RUNG, SECOND_RUNG = "LCM-LoRA", "progressive, k = 5, guided", "progressive, k = 2"
 # the demo's pipeline with another UNet: one so small that the loop shows, one so large that its weights do
 UNETS: dict[str, dict[str, Any]] = {
     "tiny": {"block_out_channels": (8, 16), "norm_num_groups": 4, "attention_head_dim": 2},
@@ -122,6 +126,18 @@ class Turns(Method):
         self.began = clock()
 
 
+def new_method(trained: str, teacher: Denoiser, seed: int) -> LCM | Progressive:
+    """What trains a student on this teacher, with the method's default constants."""
+    if trained == LCM_LORA:
+        return LCM(
+            LCMConfig(), teacher.with_lora(LoraSpec(RANK, RANK, tuple(teacher.lora_targets)), seed=seed), teacher
+        )
+    ladder = Progressive(ProgressiveConfig(), teacher.full_student(), teacher)
+    if trained == SECOND_RUNG:
+        ladder.next_round()
+    return ladder
+
+
 class Setting:
     """A teacher, a student on it, and data: the same for the same arguments.
 
@@ -129,18 +145,24 @@ class Setting:
         path: of the teacher, as :func:`save_pipeline` gives it.
         batch: images a step.
         seed: of the adapter, the data and the run.
+        trained: `LCM_LORA`, `FIRST_RUNG` or `SECOND_RUNG`.
     """
 
-    def __init__(self, path: str, batch: int, seed: int) -> None:
-        self.path, self.batch, self.seed, self.model = path, batch, seed, load(path)
-        teacher = self.model.denoiser
-        student = teacher.with_lora(LoraSpec(RANK, RANK, tuple(teacher.lora_targets)), seed=seed)
-        self.method, self.data = LCM(LCMConfig(), student, teacher), Pictures(self.model, seed)
+    def __init__(self, path: str, batch: int, seed: int, trained: str = LCM_LORA) -> None:
+        self.path, self.batch, self.seed, self.trained, self.model = path, batch, seed, trained, load(path)
+        self.method = new_method(trained, self.model.denoiser, seed)
+        self.data = Pictures(self.model, seed)
+
+    def loop(self) -> LCMByHand | ProgressiveByHand:
+        """The loop written by hand, on this method's networks."""
+        given = self.data.cached, self.model.encode_prompts([""])["prompt_embeds"], self.batch
+        return (
+            LCMByHand(self.method, *given) if isinstance(self.method, LCM) else ProgressiveByHand(self.method, *given)
+        )
 
     def by_hand(self) -> Iterator[float]:
-        """Steps of the loop written by hand; seconds of each."""
-        empty = self.model.encode_prompts([""])["prompt_embeds"]
-        return ByHand(self.method, self.data.cached, empty, self.batch).steps(clock)
+        """Its steps; seconds of each."""
+        return self.loop().steps(clock)
 
     def fit(self, steps: int, between: Callable[[int], None] = lambda step: None) -> list[float]:
         """Trains as recipes do, with `between(step)` after each step; seconds of each step without it, nan for the first."""

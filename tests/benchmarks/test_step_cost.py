@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from students import randomised
+from toys import recorded
 
 from stepdistill.batch import Batch
 from stepdistill.config import parse
@@ -20,6 +21,7 @@ from stepdistill.errors import InputError
 from stepdistill.randomness import StepRandom
 
 ROOT = Path(__file__).resolve().parents[2]
+SEEDS = (5, 6)  # whose draws are all steps of a rung, first and last too
 NAMES = ("by_hand", "step_setting", "step_cost")
 
 
@@ -40,29 +42,92 @@ def tiny(benchmarks: dict[str, ModuleType], tmp_path_factory: pytest.TempPathFac
     return path
 
 
-def test_the_loop_by_hand_has_the_loss_of_the_method(benchmarks: dict[str, ModuleType], tiny: str) -> None:
-    setting = benchmarks["step_setting"].Setting(tiny, batch=8, seed=0)
+def eight(setting: Any, seed: int) -> tuple[Batch, torch.Tensor, torch.Tensor, StepRandom]:
+    """A batch, its latents, embeddings and randomness; the student has moved away from its teacher."""
     randomised(setting.method.student)
-    rng = StepRandom(0, 5, range(8))
+    rng = StepRandom(0, seed, range(8))
     mean, _, embeds = (values[:8] for values in setting.data.cached)
     cond = {"prompt_embeds": embeds}
-    loss = setting.method.training_step(Batch(mean, cond, setting.model.uncond(cond), rng)).total
-    by_hand = benchmarks["by_hand"].ByHand(
-        setting.method, setting.data.cached, setting.model.encode_prompts([""])["prompt_embeds"], 8
-    )
+    return Batch(mean, cond, setting.model.uncond(cond), rng), mean, embeds, rng
+
+
+def test_the_loop_by_hand_has_the_loss_of_the_method(benchmarks: dict[str, ModuleType], tiny: str) -> None:
+    setting = benchmarks["step_setting"].Setting(tiny, batch=8, seed=0)
+    batch, mean, embeds, rng = eight(setting, 5)
+    loss = setting.method.training_step(batch).total
     w = (5.0 + 10.0 * rng.uniform("guidance")).float().reshape(-1, 1, 1, 1)
     k = rng.integers("time", 0, 50)
-    torch.testing.assert_close(by_hand.loss(mean, rng.normal("noise", mean.shape[1:]), k, w, embeds), loss)
+    torch.testing.assert_close(setting.loop().loss(mean, rng.normal("noise", mean.shape[1:]), k, w, embeds), loss)
 
 
-def test_both_sides_take_turns(benchmarks: dict[str, ModuleType], tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("trained", "k", "rung"), [("FIRST_RUNG", 5, 8), ("SECOND_RUNG", 2, 4)])
+def test_the_ladder_by_hand_has_the_loss_and_the_forwards_of_the_method(
+    benchmarks: dict[str, ModuleType], tiny: str, trained: str, k: int, rung: int
+) -> None:
+    module = benchmarks["step_setting"]
+    setting = module.Setting(tiny, batch=8, seed=0, trained=getattr(module, trained))
+    student, hand = setting.method.student, setting.loop()
+    seen: set[int] = set()
+    for seed in SEEDS:
+        batch, mean, embeds, rng = eight(setting, seed)
+        i, noise = rng.integers("time", 0, rung), rng.normal("noise", mean.shape[1:])
+        with recorded(student.module) as of_student, recorded(setting.method.teacher.module) as of_teacher:
+            ours = setting.method.training_step(batch).total
+            theirs = hand.loss(mean, noise, i, embeds)
+        torch.testing.assert_close(theirs, ours)
+        gradients = (torch.autograd.grad(loss, student.trainable()) for loss in (theirs, ours))
+        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+        size = 16 if trained == "FIRST_RUNG" else 8
+        assert [(len(x[0]), grad) for x, grad in of_student] == [(8, True)] * 2
+        assert [(len(x[0]), grad) for x, grad in of_teacher] == [(size, False)] * 2 * k
+        seen |= set(i.tolist())
+    assert seen == set(range(rung))
+
+
+@pytest.mark.parametrize(("trained", "points"), [("LCM_LORA", 50), ("FIRST_RUNG", 8), ("SECOND_RUNG", 4)])
+def test_the_loop_by_hand_draws_every_time_and_the_guidance_of_the_method(
+    benchmarks: dict[str, ModuleType], tiny: str, monkeypatch: pytest.MonkeyPatch, trained: str, points: int
+) -> None:
+    module = benchmarks["step_setting"]
+    loop = module.Setting(tiny, batch=8, seed=0, trained=getattr(module, trained)).loop()
+    given: list[torch.Tensor] = []
+    monkeypatch.setattr(loop, "loss", lambda *arguments: given.extend(arguments))
+    torch.manual_seed(0)
+    x0, embeds = torch.zeros(2000, 4, 8, 8), torch.zeros(2000, 1, 1)
+    loop.drawn(x0, embeds)
+    assert given[0] is x0 and given[-1] is embeds
+    torch.testing.assert_close(given[1].std(), torch.tensor(1.0), rtol=0.01, atol=0)
+    assert given[2].unique().tolist() == list(range(points))
+    if trained == "LCM_LORA":
+        low, high = given[3].min(), given[3].max()
+        assert 5.0 <= low < 5.1 and 14.9 < high <= 15.0
+
+
+@pytest.mark.parametrize("trained", ["LCM_LORA", "FIRST_RUNG", "SECOND_RUNG"])
+def test_both_sides_take_turns(
+    benchmarks: dict[str, ModuleType], tiny: str, monkeypatch: pytest.MonkeyPatch, trained: str
+) -> None:
     """By a clock that ticks once for each look at it: a step of each side then takes one tick, and none is lost."""
     module, cost = benchmarks["step_setting"], benchmarks["step_cost"]
     ticks = iter(range(1000))
     monkeypatch.setattr(module, "clock", lambda: float(next(ticks)))
-    ours, theirs = cost.trainer_and_by_hand(module.Setting(tiny, batch=2, seed=0), steps=5)
+    setting = module.Setting(tiny, batch=2, seed=0, trained=getattr(module, trained))
+    loops = []
+    loop = module.Setting.loop
+    monkeypatch.setattr(module.Setting, "loop", lambda self: (loops.append(self), loop(self))[1])
+    ours, theirs = cost.trainer_and_by_hand(setting, steps=5)
     assert list(ours) == list(theirs) == [1.0, 1.0]
     assert next(ticks) == 4 * 5  # two looks a step of each side
+    (other,) = loops
+    assert other is not setting and other.trained == setting.trained
+    for one in (setting, other):  # both have trained, each its own student
+        assert any(not torch.equal(v, w) for v, w in zip(one.method.student.state().values(), fresh(one), strict=True))
+    assert setting.method.student.module is not other.method.student.module
+
+
+def fresh(setting: Any) -> list[torch.Tensor]:
+    """The weights that a student of this setting starts with."""
+    return list(type(setting)(setting.path, 2, setting.seed, setting.trained).method.student.state().values())
 
 
 @pytest.fixture
@@ -148,6 +213,58 @@ def test_the_file_says_how_it_was_made(
     assert results["environment"]["threads"] == 1
     assert results["rows"][0]["ratio"] == 1.0234
     assert str(tmp_path) not in json.dumps(results)
+
+
+def labels(benchmarks: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, only: list[str]) -> list[str]:
+    """What `measure` yields, with settings and fits that do nothing."""
+    cost = benchmarks["step_cost"]
+    monkeypatch.setattr(cost, "Setting", lambda path, batch, seed, trained="LCM-LoRA": f"{path}, {trained}")
+    for name in ("trainer_and_by_hand", "cached_and_encoded", "shared_and_copied"):
+        monkeypatch.setattr(cost, name, lambda setting, steps: (seen.append(setting), ([1.0], [1.0]))[1])
+    monkeypatch.setattr(cost, "weights", lambda setting: ([1], [1]))
+    monkeypatch.setattr(cost, "peaks", lambda what, path, options: ([1], [1]))
+    seen: list[str] = []
+    options = parse(cost.Benchmark, ["--repeats", "1", *only])
+    rows = list(cost.measure(options, {name: name for name in ("tiny", "demo", "wide")}))
+    timed = [row.network for row in rows if "time" in row.quantity]
+    assert [setting.removesuffix(", LCM-LoRA") for setting in seen] == timed
+    return [row.network for row in rows]
+
+
+def test_only_one_method_is_measured(benchmarks: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch) -> None:
+    everything = labels(benchmarks, monkeypatch, [])
+    ladder = ["demo, progressive, k = 5, guided", "demo, progressive, k = 2"]
+    assert labels(benchmarks, monkeypatch, ["--only", "progressive"]) == ladder
+    assert labels(benchmarks, monkeypatch, ["--only", "lcm"]) == [row for row in everything if row not in ladder]
+    assert len(everything) == 12
+
+
+def test_rows_that_are_not_measured_anew_are_kept(
+    benchmarks: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cost, path = benchmarks["step_cost"], tmp_path / "step_cost.json"
+    monkeypatch.setattr(cost, "save_pipeline", lambda folder, unet, seed: "")
+
+    def run(ratio: float, only: str, *arguments: str) -> list[tuple[str, float]]:
+        rows = [cost.Row("a / b", name, "CPU time", ratio, None, (1, 1), 3) for name in ("demo", "demo, progressive")]
+        monkeypatch.setattr(cost, "measure", lambda options, _: (r for r in rows if options.measures(r.network)))
+        cost.main(parse(cost.Benchmark, ["--output", str(path), *(["--only", only] if only else []), *arguments]))
+        data = json.loads(path.read_text())
+        assert "only" not in data["protocol"]
+        return [(row["network"], row["ratio"]) for row in data["rows"]]
+
+    with pytest.raises(InputError, match="expected a results file whose other rows to keep"):
+        run(1.0, "lcm")
+    assert run(1.0, "") == [("demo", 1.0), ("demo, progressive", 1.0)]
+    assert run(2.0, "progressive") == [("demo", 1.0), ("demo, progressive", 2.0)]
+    assert run(3.0, "lcm") == [("demo", 3.0), ("demo, progressive", 2.0)]
+    before = path.read_text()
+    with pytest.raises(InputError, match="options and the machine"):
+        run(4.0, "lcm", "--batch", "4")
+    path.write_text(before.replace('"python": "', '"python": "2.'))
+    with pytest.raises(InputError, match="options and the machine"):
+        run(4.0, "lcm")
+    assert run(5.0, "") == [("demo", 5.0), ("demo, progressive", 5.0)]
 
 
 @pytest.mark.slow
