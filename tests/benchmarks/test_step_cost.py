@@ -224,7 +224,7 @@ def labels(benchmarks: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, o
     monkeypatch.setattr(cost, "weights", lambda setting: ([1], [1]))
     monkeypatch.setattr(cost, "peaks", lambda what, path, options: ([1], [1]))
     seen: list[str] = []
-    options = parse(cost.Benchmark, ["--repeats", "1", *only])
+    options = parse(cost.Benchmark, ["--repeats", "1", *only]).recipe
     rows = list(cost.measure(options, {name: name for name in ("tiny", "demo", "wide")}))
     timed = [row.network for row in rows if "time" in row.quantity]
     assert [setting.removesuffix(", LCM-LoRA") for setting in seen] == timed
