@@ -51,6 +51,7 @@ def main(parsed: Parsed[Recipe]) -> None:
     trainer = Trainer(r.train, r.output_dir, parsed.yaml)
     source = open_source(r.data)
     model = families.load(r.teacher, trainer.weight_dtype).to(trainer.device)
+    trainer.teacher = model.denoiser_hash()
     student = model.denoiser.student(r.student, r.train.seed, embed_guidance=w.w_min < w.w_max)
     r.method.check(student, model.denoiser)
     student.checkpoint_activations(r.train.gradient_checkpointing)

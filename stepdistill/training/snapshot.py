@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,6 +41,7 @@ def snapshot(fit: Fit) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         "round": fit.round,
         "round_start": fit.start,
         "run": identity(fit),
+        "teacher": fit.trainer.teacher,
         "config": split_state(fit.trainer.resolved)[1],  # it may hold infinities, which JSON does not
         "left_out": [fit.nonfinite.skipped, fit.nonfinite.in_a_row],
         "optimizers": optimizers,
@@ -76,6 +78,7 @@ def restore(fit: Fit, checkpoint: Checkpoint) -> None:
     for change in resumed_changes(join_state({}, state["config"]), fit.trainer.resolved, place):
         fit.accelerator.print(f"changed since step {checkpoint.step}: {change}")
     for key, now in identity(fit).items():
+    check_teacher(state.get("teacher", {}), fit.trainer.teacher, place)
         if state["run"][key] != now:
             raise InputError(
                 f"expected {key} {state['run'][key]} as in {place}, got {now}; set it back (batch size, accumulation, "
@@ -100,6 +103,15 @@ def restore(fit: Fit, checkpoint: Checkpoint) -> None:
 
 def copy_into(live: dict[str, Tensor], saved: dict[str, Tensor], what: str) -> None:
     """Copies saved tensors into live ones; raises InputError where names or shapes differ."""
+def check_teacher(saved: Mapping[str, str], now: Mapping[str, str], place: str) -> None:
+    """InputError where the teacher, by its hashes in each dtype, is another than in `place`; of two dtypes nobody can tell."""
+    if any(saved[dtype] != now[dtype] for dtype in saved.keys() & now.keys()):
+        raise InputError(
+            f"expected the teacher of {place}, got other weights or another noise schedule; set --teacher.path to where that "
+            "teacher is now, or start anew with another --output_dir"
+        )
+
+
     odd = [n for n in live.keys() | saved.keys() if n not in live or n not in saved or live[n].shape != saved[n].shape]
     if odd:
         raise InputError(
