@@ -85,7 +85,8 @@ def restore(fit: Fit, checkpoint: Checkpoint) -> None:
                 "processes, data, steps of earlier fits), or start anew with another --output_dir"
             )
     # first, since the networks that there are may depend on the round
-    fit.method.load_state_dict(join_state(checkpoint.tensors("method"), state["method"]))
+    with fit.parallel.changing():
+        fit.method.load_state_dict(join_state(checkpoint.tensors("method"), state["method"]))
     fit.meet_networks()
     for name, network in fit.networks.items():
         copy_into(network.state(), checkpoint.tensors(name), f"{place}, {name}")
