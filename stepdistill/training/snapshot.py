@@ -57,9 +57,10 @@ def snapshot(fit: Fit) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
 def room(fit: Fit) -> tuple[int, int]:
     """(bytes of a checkpoint, how many more of them there will be at once), near enough.
 
-    An optimizer that has not stepped yet is taken to keep two moments in float32.
+    An optimizer that has not stepped yet is taken to keep two moments in float32. Networks that a later round adds count.
     """
-    held = [t for network in fit.networks.values() for t in network.state().values()]
+    networks = (*fit.networks.values(), *fit.method.coming())
+    held = [t for network in networks for t in network.state().values()]
     held += split_state(fit.method.state_dict())[0].values()
     held += fit.ema.shadow.values() if fit.ema is not None else ()
     size = sum(tensor.nbytes for tensor in held)
@@ -77,8 +78,8 @@ def restore(fit: Fit, checkpoint: Checkpoint) -> None:
     state, place = checkpoint.state, f"checkpoint {checkpoint.path}"
     for change in resumed_changes(join_state({}, state["config"]), fit.trainer.resolved, place):
         fit.accelerator.print(f"changed since step {checkpoint.step}: {change}")
-    for key, now in identity(fit).items():
     check_teacher(state.get("teacher", {}), fit.trainer.teacher, place)
+    for key, now in identity(fit).items():
         if state["run"][key] != now:
             raise InputError(
                 f"expected {key} {state['run'][key]} as in {place}, got {now}; set it back (batch size, accumulation, "
@@ -102,8 +103,6 @@ def restore(fit: Fit, checkpoint: Checkpoint) -> None:
     fit.saved_at = (fit.round, checkpoint.step)
 
 
-def copy_into(live: dict[str, Tensor], saved: dict[str, Tensor], what: str) -> None:
-    """Copies saved tensors into live ones; raises InputError where names or shapes differ."""
 def check_teacher(saved: Mapping[str, str], now: Mapping[str, str], place: str) -> None:
     """InputError where the teacher, by its hashes in each dtype, is another than in `place`; of two dtypes nobody can tell."""
     if any(saved[dtype] != now[dtype] for dtype in saved.keys() & now.keys()):
@@ -113,6 +112,8 @@ def check_teacher(saved: Mapping[str, str], now: Mapping[str, str], place: str) 
         )
 
 
+def copy_into(live: dict[str, Tensor], saved: dict[str, Tensor], what: str) -> None:
+    """Copies saved tensors into live ones; raises InputError where names or shapes differ."""
     odd = [n for n in live.keys() | saved.keys() if n not in live or n not in saved or live[n].shape != saved[n].shape]
     if odd:
         raise InputError(
