@@ -41,7 +41,7 @@ def main(parsed: Parsed[Recipe]) -> None:
     from stepdistill.data.latents import cache_latents
     from stepdistill.data.open import open_source
     from stepdistill.export.folder import rung_folder
-    from stepdistill.export.progressive import progressive_sampling
+    from stepdistill.export.progressive import check_rungs, progressive_sampling
     from stepdistill.export.student import export_student
     from stepdistill.methods.guidance_distill import GuidanceDistill
     from stepdistill.methods.progressive import Progressive
@@ -51,10 +51,12 @@ def main(parsed: Parsed[Recipe]) -> None:
     trainer = Trainer(r.train, r.output_dir, parsed.yaml)
     source = open_source(r.data)
     model = families.load(r.teacher, trainer.weight_dtype).to(trainer.device)
+    trainer.teacher = model.denoiser_hash()
     student = model.denoiser.student(r.student, r.train.seed, embed_guidance=w.w_min < w.w_max)
     r.method.check(student, model.denoiser)
     student.checkpoint_activations(r.train.gradient_checkpointing)
     plans = {n: progressive_sampling(r.method, model, n, student.takes_guidance) for n in r.method.ladder()}
+    check_rungs(r.output_dir, model, r.teacher, plans)
     data = cache_latents(model, source, r.data, rank=trainer.rank, world=trainer.world, wait=trainer.wait)
     if r.guidance_steps:
         trainer.fit(GuidanceDistill(w, student, model.denoiser), data, name="guidance", steps=r.guidance_steps)

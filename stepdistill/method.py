@@ -89,6 +89,10 @@ class Method(ABC):
         """
         return False
 
+    def coming(self) -> tuple[Network, ...]:
+        """Networks of which :meth:`next_round` will add a copy to :meth:`networks`, so that checkpoints will be larger."""
+        return ()
+
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain scalars beyond the networks' weights; identical on all ranks."""
         return {}

@@ -1,6 +1,7 @@
 """What each rank of a torchrun does, and what one process must agree with: `python parallel_process.py MODE FOLDER`.
 
-toys    a small full student with a target that follows it, under fsdp: whole, killed and resumed, one rank's loss broken
+toys    a small full student with a target that follows it, under fsdp: whole, killed and resumed, one rank's loss broken;
+        and ladders, whose student is copied at the end of each round
 more    the same killed at other moments and moved between ddp and fsdp; LCM of the tiny UNet that lies in FOLDER/pipeline
 """
 
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
+from ladders import ladder
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -24,6 +26,7 @@ from toys import Killed, Numbers, options, stopping_after
 
 from stepdistill.batch import Batch
 from stepdistill.method import Losses, Method
+from stepdistill.methods.progressive import Progressive
 from stepdistill.networks.network import Module, Network
 from stepdistill.training import parallel
 from stepdistill.training.optimization import NonFiniteError, Role
@@ -152,6 +155,8 @@ def toys(folder: Path) -> dict[str, Any]:
     whole = Follow(seed=RANK)  # each process begins with weights of its own: those of rank 0 are meant
     fit_in(folder / "fsdp", whole, told=True, parallel="fsdp")
     killed_and_resumed(folder, 3)
+    for given in (True, False):
+        climb_in(folder / f"ladder-{given}", given, parallel="fsdp")
     fit_in(folder / "one-fsdp", Follow(seed=9), parallel="fsdp")  # begun by one process
     fit_in(folder / "fsdp-one", Follow(), steps=3, parallel="fsdp")  # to be ended by one
     with expected(NonFiniteError) as errors:
@@ -159,10 +164,25 @@ def toys(folder: Path) -> dict[str, Any]:
     return {"held": whole.held, "poisoned": errors, "scaled": scaled_steps()}
 
 
+def climb_in(folder: Path, given: bool, death: int = 0, **changes: Any) -> Progressive:
+    """Three rungs of two steps each, whose first teacher is given, or a copy of the student; killed after a step."""
+    method = ladder("full", given)
+    # with its default epsilon Adam would make a whole step of a gradient that is nothing but rounding
+    with stopping_after(method, death, Killed.now):
+        fit_in(folder, method, 2, adam_epsilon=1e-3, **changes)
+    return method
+
+
 def more(folder: Path) -> dict[str, Any]:
     """Kills at other moments, moves between ddp and fsdp, and a UNet."""
     killed_and_resumed(folder, 4)
     killed_and_resumed(folder, 6)
+    for given in (True, False):
+        climb_in(folder / f"ladder-{given}", given, parallel="fsdp")
+        for death in (2, 3, 6):  # in the last step of the first rung, and in both parts of later ones
+            with expected(Killed):
+                climb_in(folder / f"ladder-{given}-{death}", given, death, parallel="fsdp", checkpointing_steps=1)
+            climb_in(folder / f"ladder-{given}-{death}", given, parallel="fsdp", checkpointing_steps=1)
     fit_in(folder / "fsdp", Follow(), parallel="fsdp")
     fit_in(folder / "fsdp", Follow(seed=9), parallel="fsdp")  # which finds it finished
     fit_in(folder / "ddp", Follow(), told=True)

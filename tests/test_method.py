@@ -27,7 +27,7 @@ def test_a_method_of_one_phase_trains_its_student_on_every_step() -> None:
     (phase,) = method.phases()
     assert (phase.trains, phase.every, phase.loss) == (("student",), 1, method.training_step)
     assert method.next_round() is False and method.state_dict() == {} and method.step == 0
-    assert method.after_step() is None
+    assert method.after_step() is None and method.coming() == ()
 
 
 def test_a_method_without_a_loss_says_what_to_write() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..export.card import write_card
 from ..export.config import ExportConfig
-from ..export.folder import read_facts
+from ..export.folder import FACTS, read_facts
 from ..export.hub import push
 from ..export.lines import loading_lines
 from ..export.sampling import Sampling
@@ -115,8 +115,11 @@ def finish(folder: str | Path, teacher: TeacherConfig, config: EvalConfig, expor
 
 
 def finish_ladder(folder: str | Path, rungs: Sequence[Path], teacher: TeacherConfig, config: EvalConfig) -> None:
-    """:func:`finish` for the rungs of a ladder, exports of one number of steps each: one table, one grid, all their cards."""
-    folder = Path(folder)
+    """:func:`finish` for the rungs of a ladder, exports of one number of steps each: one table, one grid, all their cards.
+
+    A rung that has been moved away since its training is left out.
+    """
+    folder, rungs = Path(folder), [rung for rung in rungs if (rung / FACTS).is_file()]
     if teacher.path == "demo" and config.images:
         compare_on_the_demo(folder, rungs, config)
     for rung in rungs:

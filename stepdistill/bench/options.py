@@ -10,7 +10,7 @@ from typing import Any
 
 from ..config import CommaList
 from ..errors import InputError
-from ..export.folder import FACTS, read_facts, rung_folders
+from ..export.folder import FACTS, check_one_base, read_facts, rung_folders
 from .quantities import OPTIONAL
 from .writing import check_folder
 
@@ -182,6 +182,7 @@ def check_student(path: str, guidance: Sequence[float]) -> None:
                 f"expected {FACTS} of an export in --student {path}, got another file; stepdistill export {path}"
             )
     if exports:
+        check_one_base(exports, f"--student {path}")
         return
     if local and not (folder / INDEX).is_file():
         found, fix = "neither", "give the --output_dir of a training that has ended"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..families import TeacherConfig
+from ..families import Model, TeacherConfig
 from ..families.loading import is_local
 from .kohya import KOHYA
 from .lines import quoted
@@ -19,6 +19,18 @@ def base_model(teacher: TeacherConfig) -> str:
     if teacher.path == "demo" or not is_local(teacher.path):
         return "stepdistill-demo-teacher" if teacher.path == "demo" else teacher.path
     return Path(teacher.path).expanduser().resolve().stem
+
+
+def base_facts(model: Model, teacher: TeacherConfig) -> dict[str, Any]:
+    """What stepdistill.json says of the base: which checkpoint it was, and whose weights, which know it again elsewhere."""
+    return {
+        "name": base_model(teacher),
+        "path": teacher.path,
+        "revision": teacher.revision,
+        "variant": teacher.variant,
+        "vae": teacher.vae,
+        "hash": model.denoiser_hash(),
+    }
 
 
 def write_card(folder: Path, info: dict[str, Any], lines: str, run: Path) -> Path:

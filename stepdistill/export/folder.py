@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from ..errors import InputError
 
 FACTS = "stepdistill.json"
 RUNGS = "rungs"
@@ -31,12 +33,32 @@ def rung_folder(folder: str | Path, steps: int) -> Path:
     return Path(folder) / RUNGS / str(steps)
 
 
-def rung_folders(folder: Path) -> list[Path]:
-    """The exported rungs of a ladder's run folder, most steps first; [] in other folders."""
-    if (folder / FACTS).is_file():
-        return []
+def rungs_in(folder: Path) -> list[Path]:
+    """The rungs that have been exported into a run folder, most steps first."""
     rungs = [path.parent for path in (folder / RUNGS).glob(f"*/{FACTS}") if path.parent.name.isdecimal()]
     return sorted(rungs, key=lambda path: -int(path.name))
+
+
+def rung_folders(folder: Path) -> list[Path]:
+    """The exported rungs of a ladder's run folder, most steps first; [] in other folders."""
+    return [] if (folder / FACTS).is_file() else rungs_in(folder)
+
+
+def same_base(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether the `base_model` of two exports are one, which may have moved: by its weights, else by where it was."""
+    weights, others = one.get("hash", {}), other.get("hash", {})
+    if known := weights.keys() & others.keys():
+        return all(weights[dtype] == others[dtype] for dtype in known)
+    return all(one.get(key) == other.get(key) for key in ("name", "path", "revision", "variant"))
+
+
+def check_one_base(exports: Sequence[Path], flag: str) -> None:
+    """InputError for exports of several base models, whose run folder was given with `flag`."""
+    bases = [read_facts(export).get("base_model", {}) for export in exports]
+    for export, base in zip(exports, bases, strict=True):
+        if not same_base(base, bases[0]):
+            found = f"{exports[0].name} of {bases[0].get('path')} and {export.name} of {base.get('path')}"
+            raise InputError(f"expected the rungs of one teacher in {flag}, got {found}; give one alone, e.g. {export}")
 
 
 def commit(source: Path, folder: Path) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..diffusion.schedule import Flow, Tabulated
 from ..errors import InputError
-from ..families import Model
+from ..families import Model, TeacherConfig
 from ..methods.guidance_distill import GuidanceDistillConfig
 from ..methods.progressive import ProgressiveConfig
+from .card import base_facts
+from .folder import RUNGS, read_facts, rungs_in, same_base
 from .sampling import Sampling, check_table, table_fields, told
 
 
@@ -65,6 +69,35 @@ def progressive_sampling(method: ProgressiveConfig, model: Model, steps: int, ta
         guidance_note=_held(method.w_min),
         sigmas=sigmas,
     )
+
+
+def check_rungs(folder: str | Path, model: Model, teacher: TeacherConfig, plans: Mapping[int, Sampling]) -> None:
+    """InputError for a run folder with rungs of another teacher or ladder: with this run's they would pass for one ladder.
+
+    Args:
+        folder: the run folder; it need not exist.
+        model: the teacher, opened.
+        teacher: which checkpoint it is.
+        plans: this run's, by their numbers of steps.
+    """
+    place, rungs = Path(folder) / RUNGS, rungs_in(Path(folder))
+    base = base_facts(model, teacher) if rungs else {}  # which reads all weights
+    trained = dict(next(iter(plans.values())).trained)
+    for rung in rungs:
+        facts = read_facts(rung)
+        own, options = facts.get("base_model", {}), facts.get("trained", {})
+        wanted, got = f"rungs of {base['name']}", f"{rung.name} of {own.get('name', 'an unknown teacher')}"
+        if same_base(own, base):
+            odd = sorted(key for key in trained.keys() & options.keys() if trained[key] != options[key])
+            if not odd and int(rung.name) in plans:
+                continue
+            wanted += f" with {', '.join(f'{key} {trained[key]}' for key in odd) or f'{list(plans)} steps'}"
+            got += f" with {', '.join(f'{key} {options[key]}' for key in odd)}" if odd else ""
+        elif own.get("name") == base["name"]:
+            got += f" with other weights, at {own.get('path')}"
+        raise InputError(
+            f"expected {wanted} alone in {str(place)!r}, got {got}; choose another --output_dir, or move {str(place)!r} away"
+        )
 
 
 def guidance_sampling(method: GuidanceDistillConfig, model: Model, takes_guidance: bool = False) -> Sampling:

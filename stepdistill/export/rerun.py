@@ -23,6 +23,7 @@ from ..methods.progressive import Progressive, ProgressiveConfig
 from ..networks.denoiser import Denoiser
 from ..networks.lora import StudentConfig
 from ..training.checkpoint import Checkpoint, CheckpointStore
+from ..training.snapshot import check_teacher
 from ..training.state import join_state
 from .config import CONFIG, ExportConfig, read_config
 from .hub import check_hub, push
@@ -88,6 +89,7 @@ def export_run(
     method = _section(how.config, sections, how.section)
     check_hub(export_config, folder)
     model = load(teacher_config)
+    check_teacher(found.state.get("teacher", {}), model.denoiser_hash(), f"checkpoint {found.path}")
     student = rebuilt(model, student_config, found)
     state = join_state(found.tensors("method"), found.state.get("method", {}))
     plan = how.plan(method, model, student.takes_guidance, state)

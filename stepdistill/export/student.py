@@ -19,7 +19,7 @@ from .. import __version__
 from ..errors import InputError
 from ..families import Model, TeacherConfig
 from ..networks.denoiser import Denoiser
-from .card import base_model, write_card
+from .card import base_facts, write_card
 from .config import ExportConfig
 from .folder import FACTS, TEMP, commit, put_back
 from .full import WholeNetwork
@@ -133,13 +133,7 @@ def facts(
         "guidance_note": plan.guidance_note,
         "scheduler": type(plan.scheduler).__name__,
         "trained": plan.trained,
-        "base_model": {
-            "name": base_model(teacher),
-            "path": teacher.path,
-            "revision": teacher.revision,
-            "variant": teacher.variant,
-            "vae": teacher.vae,
-        },
+        "base_model": base_facts(model, teacher),
         "licence": licence(teacher),
         "student": _student_facts(student),
         "weights": {"dtype": config.dtype, "verified": config.verify, "network": network, "files": files},

@@ -18,6 +18,7 @@ from .config import TeacherConfig
 
 DEMO_TEACHER = Path(__file__).resolve().parent.parent / "demo" / "teacher"
 DEMO_JUDGE = DEMO_TEACHER.with_name("judge")
+STUDENT = "stepdistill.json"  # beside what training exports
 FIX = (
     "give --teacher.path a Diffusers folder (with model_index.json), a hub id such as org/name, or a .safetensors file"
 )
@@ -57,6 +58,12 @@ def resolve(path: str) -> str:
             f"expected safetensors, got {path!r}, a pickle that could run code; convert it to .safetensors first"
         )
     if folder.is_dir() and not (folder / "model_index.json").is_file():
+        if (folder / STUDENT).is_file():
+            raise InputError(
+                f"expected a Diffusers pipeline in {path!r}, got a student of stepdistill, which is its denoiser or an adapter "
+                f"alone; make the pipeline as its README.md says (fuse an adapter), save it with pipe.save_pretrained and give "
+                "--teacher.path that folder, or give the teacher that the student was made from"
+            )
         raise InputError(f"expected a Diffusers pipeline in {path!r}, got a folder without model_index.json; {FIX}")
     return str(folder)
 

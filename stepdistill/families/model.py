@@ -106,3 +106,15 @@ class Model(ABC):
         """A hash of the denoiser's base weights and of how it is read, which decide the samples that it makes."""
         levels = self.denoiser.schedule.alpha(self.denoiser.schedule.grid(16)).tolist()
         return fingerprint((type(self.denoiser).__name__, self.denoiser.predicts, levels), self.denoiser.module)
+
+    def denoiser_hash(self) -> dict[str, str]:
+        """dtype -> the same with the weights in it, on every machine: by this a teacher is known again, wherever it lies.
+
+        Two of them say something of each other where they have a dtype in common.
+        """
+        schedule = self.denoiser.schedule
+        levels = [
+            f"{level:.6f}" for level in schedule.alpha(schedule.grid(16)).tolist()
+        ]  # whose last bits machines differ in
+        dtype = str(self.denoiser.dtype).removeprefix("torch.")
+        return {dtype: fingerprint((self.denoiser.predicts, levels), self.denoiser.module)}

@@ -151,6 +151,9 @@ class Progressive(Method):
     def networks(self) -> dict[str, Network]:
         return {"student": self.student, **({"teacher": self.teacher} if self.copied else {})}
 
+    def coming(self) -> tuple[Network, ...]:
+        return () if self.copied or self.rung + 2 == len(self.ladder) else (self.student,)
+
     def training_step(self, batch: Batch) -> Losses:
         """Algorithm 2 of arXiv 2202.00512; with guidance, section 3.2 of arXiv 2210.03142."""
         x0, rng = batch.data(), batch.rng

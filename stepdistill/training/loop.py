@@ -138,8 +138,9 @@ class Fit:
             if on_round is not None:
                 with self.parallel.whole(), self.stop.at_once():
                     on_round(self.round)
-            if not self.method.next_round():
-                return
+            with self.parallel.changing():
+                if not self.method.next_round():
+                    return
             self.meet_networks()
             self.round, self.start = self.round + 1, self.trainer.step
             for role in self.roles.values():

@@ -58,13 +58,13 @@ def sharing(kind: str, method: Method, trained: set[str], accelerator: Any) -> R
     """
     networks = method.networks()
     if kind == "fsdp":
-        _refuse(method, networks, trained)
+        _refuse(networks, trained)
         if accelerator.num_processes > 1:
-            return Sharded(networks, accelerator)
+            return Sharded(networks, accelerator, rounds=type(method).next_round is not Method.next_round)
     return Replicated({name: networks[name] for name in networks if name in trained}, accelerator)
 
 
-def _refuse(method: Method, networks: Mapping[str, Network], trained: set[str]) -> None:
+def _refuse(networks: Mapping[str, Network], trained: set[str]) -> None:
     fix = "; use --train.parallel ddp"
     seen: dict[int, str] = {}
     for name, network in networks.items():
@@ -88,11 +88,6 @@ def _refuse(method: Method, networks: Mapping[str, Network], trained: set[str]) 
         raise InputError(
             f"expected one trained network with --train.parallel fsdp, got {', '.join(sorted(trained))}: what a phase freezes "
             f"in one would have to be in step with the collectives of all{fix}"
-        )
-    if type(method).next_round is not Method.next_round:
-        raise InputError(
-            f"expected a method of one round with --train.parallel fsdp, got {type(method).__name__}, which copies whole "
-            f"weights between networks at the end of each{fix}"
         )
 
 
@@ -129,16 +124,20 @@ class Replicated:
         """Nothing to do: every module is whole."""
         return nullcontext()
 
+    def changing(self) -> AbstractContextManager[None]:
+        """Nothing to do, either."""
+        return nullcontext()
+
 
 class Sharded:
     """Each process has some rows of every weight of the networks, also of those that only follow the trained one.
 
     Those (a target, say) are shared out alike, so that averages between them need no communication. Frozen teachers are
-    not among a method's networks and stay whole.
+    not among a method's networks and stay whole; so do networks that a later round adds, copies of whole ones.
     """
 
-    def __init__(self, networks: Mapping[str, Network], accelerator: Any) -> None:
-        self.accelerator = accelerator
+    def __init__(self, networks: Mapping[str, Network], accelerator: Any, rounds: bool = False) -> None:
+        self.accelerator, self.rounds = accelerator, rounds
         mesh = init_device_mesh(accelerator.device.type, (dist.get_world_size(),))
         self.networks = [_Shards(network, mesh) for network in networks.values()]
 
@@ -166,6 +165,17 @@ class Sharded:
         finally:
             for network in self.networks:
                 network.empty()
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """As :meth:`whole`, and what a method of several rounds does to the weights within it stays."""
+        if not self.rounds:
+            yield
+            return
+        with self.whole():
+            yield
+            for network in self.networks:
+                network.take_back()
 
 
 class _Shards:
@@ -200,6 +210,15 @@ class _Shards:
             module._buffers.update(twin._buffers)  # the same tensors, unless a forward has assigned new ones
         if here:
             self.network.compute_with(self.whole)
+
+    @torch.no_grad()
+    def take_back(self) -> None:
+        """The shards become those of the module's own weights, which must be the same on all processes."""
+        own = dict(self.whole.named_parameters())
+        for name, shards in self.twin.named_parameters():
+            shards.copy_(share(own[name].detach(), shards))
+        for twin, module in zip(self.twin.modules(), self.whole.modules(), strict=True):
+            twin._buffers.update(module._buffers)
 
     def empty(self) -> None:
         """The network is its twin; the module's own weights are let go of."""

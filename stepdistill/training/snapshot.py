@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,6 +41,7 @@ def snapshot(fit: Fit) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         "round": fit.round,
         "round_start": fit.start,
         "run": identity(fit),
+        "teacher": fit.trainer.teacher,
         "config": split_state(fit.trainer.resolved)[1],  # it may hold infinities, which JSON does not
         "left_out": [fit.nonfinite.skipped, fit.nonfinite.in_a_row],
         "optimizers": optimizers,
@@ -55,9 +57,10 @@ def snapshot(fit: Fit) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
 def room(fit: Fit) -> tuple[int, int]:
     """(bytes of a checkpoint, how many more of them there will be at once), near enough.
 
-    An optimizer that has not stepped yet is taken to keep two moments in float32.
+    An optimizer that has not stepped yet is taken to keep two moments in float32. Networks that a later round adds count.
     """
-    held = [t for network in fit.networks.values() for t in network.state().values()]
+    networks = (*fit.networks.values(), *fit.method.coming())
+    held = [t for network in networks for t in network.state().values()]
     held += split_state(fit.method.state_dict())[0].values()
     held += fit.ema.shadow.values() if fit.ema is not None else ()
     size = sum(tensor.nbytes for tensor in held)
@@ -75,6 +78,7 @@ def restore(fit: Fit, checkpoint: Checkpoint) -> None:
     state, place = checkpoint.state, f"checkpoint {checkpoint.path}"
     for change in resumed_changes(join_state({}, state["config"]), fit.trainer.resolved, place):
         fit.accelerator.print(f"changed since step {checkpoint.step}: {change}")
+    check_teacher(state.get("teacher", {}), fit.trainer.teacher, place)
     for key, now in identity(fit).items():
         if state["run"][key] != now:
             raise InputError(
@@ -82,7 +86,8 @@ def restore(fit: Fit, checkpoint: Checkpoint) -> None:
                 "processes, data, steps of earlier fits), or start anew with another --output_dir"
             )
     # first, since the networks that there are may depend on the round
-    fit.method.load_state_dict(join_state(checkpoint.tensors("method"), state["method"]))
+    with fit.parallel.changing():
+        fit.method.load_state_dict(join_state(checkpoint.tensors("method"), state["method"]))
     fit.meet_networks()
     for name, network in fit.networks.items():
         copy_into(network.state(), checkpoint.tensors(name), f"{place}, {name}")
@@ -96,6 +101,15 @@ def restore(fit: Fit, checkpoint: Checkpoint) -> None:
     fit.round, fit.start, fit.trainer.step = state["round"], state["round_start"], checkpoint.step
     fit.nonfinite.skipped, fit.nonfinite.in_a_row = state["left_out"]
     fit.saved_at = (fit.round, checkpoint.step)
+
+
+def check_teacher(saved: Mapping[str, str], now: Mapping[str, str], place: str) -> None:
+    """InputError where the teacher, by its hashes in each dtype, is another than in `place`; of two dtypes nobody can tell."""
+    if any(saved[dtype] != now[dtype] for dtype in saved.keys() & now.keys()):
+        raise InputError(
+            f"expected the teacher of {place}, got other weights or another noise schedule; set --teacher.path to where that "
+            "teacher is now, or start anew with another --output_dir"
+        )
 
 
 def copy_into(live: dict[str, Tensor], saved: dict[str, Tensor], what: str) -> None:

@@ -31,6 +31,10 @@ class Trainer:
         output_dir: the run folder; checkpoints, metrics.jsonl and config.yaml go there. It is locked until the process ends.
         config_yaml: the resolved config, written as config.yaml when training starts; a resumed run must agree with it.
 
+    Attributes:
+        teacher: dtype -> a hash of the frozen teacher (`Model.denoiser_hash`), {} where nobody says. Checkpoints keep it: a run
+            goes on with this teacher alone, wherever it lies.
+
     From here on SIGTERM and SIGINT end the process as :mod:`.stopping` says, until :meth:`close`.
 
     Raises:
@@ -56,6 +60,7 @@ class Trainer:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses to be deterministic
             torch.use_deterministic_algorithms(True)
         self.step = 0
+        self.teacher: dict[str, str] = {}
         self._fits: set[str] = set()
 
     # -- what recipes ask ---------------------------------------------------------------------------------------------

@@ -105,6 +105,19 @@ def test_a_base_that_moved(base: Path, run: Path) -> None:
     assert_exported(run, base, 10)
 
 
+def test_another_base_at_the_place_of_the_one_that_moved(base: Path, run: Path) -> None:
+    known = opened(base).denoiser_hash()
+    for step, teacher in ((15, {"float32": "of another one"}), (20, known)):
+        CheckpointStore(run / "checkpoints").save(step, {"student": tensors(base, step)}, {"teacher": teacher})
+    with pytest.raises(
+        InputError, match=r"expected the teacher of checkpoint .*15, got other weights.*--teacher\.path"
+    ):
+        export_run(run, checkpoint="15")
+    assert not (run / WEIGHTS).exists()
+    export_run(run)
+    assert_exported(run, base, 20)
+
+
 def test_a_damaged_checkpoint_is_not_passed_over_in_silence(base: Path, run: Path) -> None:
     path = run / "checkpoints" / "10" / "student.safetensors"
     data = bytearray(path.read_bytes())

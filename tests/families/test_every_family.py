@@ -367,7 +367,9 @@ def test_nothing_requires_grad_or_is_in_training_mode(case: tuple[Family, Path])
 def test_fingerprint_is_of_all_that_decides_latents_and_embeddings(case: tuple[Family, Path]):
     family, folder = case
     model = opened(folder)
-    first, of_denoiser = model.fingerprint(), model.denoiser_fingerprint()
+    first, of_denoiser, by_dtype = model.fingerprint(), model.denoiser_fingerprint(), model.denoiser_hash()
+    assert opened(folder).denoiser_hash() == by_dtype and list(by_dtype) == ["float32"]
+    assert list(opened(folder, torch.bfloat16).denoiser_hash()) == ["bfloat16"]
     model.conditions(family.prompts)
     assert opened(folder).fingerprint() == model.fingerprint() == first
     for module in model.modules[1:]:
@@ -378,10 +380,10 @@ def test_fingerprint_is_of_all_that_decides_latents_and_embeddings(case: tuple[F
         weight.data.copy_(saved)
     assert model.fingerprint() == first
     model.denoiser.student(StudentConfig(rank=1))
-    assert model.denoiser_fingerprint() == of_denoiser  # adapters don't count
+    assert (model.denoiser_fingerprint(), model.denoiser_hash()) == (of_denoiser, by_dtype)  # adapters don't count
     next(model.denoiser.module.parameters()).data.add_(1.0)
     assert model.fingerprint() == first
-    assert model.denoiser_fingerprint() != of_denoiser
+    assert model.denoiser_fingerprint() != of_denoiser and model.denoiser_hash() != by_dtype
 
 
 def test_no_two_families_have_the_same_fingerprint_but_those_with_the_same_encoders(folders: dict[str, Path]):
@@ -389,6 +391,16 @@ def test_no_two_families_have_the_same_fingerprint_but_those_with_the_same_encod
     assert prints["sd-eps"] == prints["sd-v"] == prints["sd-v-ztsnr"]  # another scheduler changes no latent
     assert len(set(prints.values())) == len(prints) - 3  # both SDXL too
     assert len({opened(folder).denoiser_fingerprint() for folder in folders.values()}) == len(folders)
+    assert len({opened(folder).denoiser_hash()["float32"] for folder in folders.values()}) == len(folders)
+
+
+def test_the_last_bits_of_a_schedule_are_no_other_teacher(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch):
+    model = opened(folders["sd-v"])
+    first, alpha = model.denoiser_hash(), model.denoiser.schedule.alpha
+    monkeypatch.setattr(model.denoiser.schedule, "alpha", lambda t: alpha(t) * (1 + 1e-15))
+    assert model.denoiser_hash() == first
+    monkeypatch.setattr(model.denoiser.schedule, "alpha", lambda t: alpha(t) * (1 - 1e-4))
+    assert model.denoiser_hash() != first
 
 
 def test_a_fingerprint_is_of_names_and_facts_and_every_bit():

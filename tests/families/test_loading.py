@@ -217,6 +217,9 @@ def test_missing_folder_and_folder_without_a_pipeline(tmp_path: Path):
         opened(tmp_path / "none")
     with pytest.raises(InputError, match=r"without model_index\.json"):
         opened(tmp_path)
+    (tmp_path / "stepdistill.json").write_text("{}")
+    with pytest.raises(InputError, match=r"got a student of stepdistill.*save_pretrained.*--teacher\.path that folder"):
+        opened(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '"a"', "\xff"])

@@ -1,6 +1,7 @@
 """The ladder as users run it: a folder a rung that stock pipelines load, resumed where it stopped, refused with a reason."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from tiny_pixels import tiny_pixels
 from tiny_sdxl import tiny_sdxl
 
 from stepdistill import families
+from stepdistill.bench.options import check_student
 from stepdistill.diffusion.solver import sample
 from stepdistill.errors import InputError
 from stepdistill.export.rerun import export_run
@@ -131,6 +133,50 @@ def test_the_latest_rung_is_exported_again(finished: Any, tmp_path: Path) -> Non
     (theirs,) = (folder / "rungs" / "1").rglob("*.safetensors")
     for name, tensor in load_file(ours).items():
         assert torch.equal(tensor, load_file(theirs)[name]), name
+
+
+def test_the_teacher_may_move_and_no_other_may_take_its_place(
+    recipe: Any, finished: Any, inputs: Path, tmp_path: Path
+) -> None:
+    folder, arguments = finished
+    run, moved = tmp_path / "run", shutil.copytree(inputs / "sd", tmp_path / "of another name")
+    shutil.copytree(folder, run)
+    again = [*arguments, "--output_dir", run, "--train.resume_from_checkpoint", "latest", "--teacher.path"]
+    other = tiny_pipeline(tmp_path / "sd", prediction_type="v_prediction", seed=1)
+    before = contents(run)
+    with pytest.raises(
+        InputError, match=r"expected rungs of sd alone .*, got 4 of sd with other weights.*--output_dir"
+    ):
+        run_in_process(recipe, [*again, other])
+    (run / "rungs").rename(tmp_path / "rungs")
+    with pytest.raises(
+        InputError, match=r"expected the teacher of checkpoint .*/guidance/2, got other.*--teacher\.path"
+    ):
+        run_in_process(recipe, [*again, other])
+    (tmp_path / "rungs").rename(run / "rungs")
+    assert contents(run) == before
+    run_in_process(recipe, [*again, moved])
+    bases = [json.loads((run / "rungs" / n / "stepdistill.json").read_text())["base_model"] for n in ("4", "1")]
+    assert [base["path"] for base in bases] == [str(inputs / "sd"), str(moved)] and bases[0]["hash"] == bases[1]["hash"]
+    check_student(str(run), ())  # for the harness they are still one ladder
+    shutil.rmtree(run / "rungs" / "2")
+    run_in_process(recipe, [*again, inputs / "sd"])
+    assert sorted(path.name for path in (run / "rungs").iterdir()) == ["1", "4"]
+
+
+def contents(run: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+def test_rungs_of_another_ladder_are_refused_and_left_alone(
+    recipe: Any, finished: Any, inputs: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(finished[0] / "rungs", tmp_path / "run" / "rungs")
+    before = contents(tmp_path)
+    for given, got in ((["--method.rungs", "4,2"], r"rungs \[4, 2, 1\]"), (["--method.w_min", "2"], "w_min 6.5")):
+        with pytest.raises(InputError, match=f"got 4 of sd with .*{got}; choose another --output_dir"):
+            run_in_process(recipe, words(inputs, tmp_path / "run", "sd", *given))
+    assert contents(tmp_path) == before
 
 
 @pytest.mark.parametrize("family", ["sdxl", "pixels"])

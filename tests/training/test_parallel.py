@@ -7,7 +7,7 @@ import pytest
 from parallel_process import Blocks, Follow
 from torch import nn
 from torch.testing import assert_close
-from toys import EXACT, Duel, Ladder, Numbers, options, rows, saved, train
+from toys import EXACT, Duel, Numbers, options, rows, saved, train
 
 from stepdistill.errors import InputError
 from stepdistill.method import Method
@@ -45,7 +45,6 @@ def tied() -> Method:
     [
         (adapter_method, "full student .*, got a LoRA adapter in 'student', .*teacher's.*; .*--student.kind full"),
         (Duel, "one trained network .*, got critic, student: .*; use --train.parallel ddp"),
-        (Ladder, "one round .*, got Ladder, which copies .*; use --train.parallel ddp"),
         (tied, "blocks with weights of their own .*, got blocks.2.inner.weight of 'student' in several; use .* ddp"),
         (entangled, "networks of their own .*, got weights that 'student' and 'target' share; use .* ddp"),
     ],

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from parallel_process import Blocks, Follow, fit_in, unet
+from parallel_process import Blocks, Follow, climb_in, fit_in, unet
 from safetensors.torch import load_file
 from torch.testing import assert_close
 from toys import EXACT, rows, saved
@@ -56,6 +56,10 @@ def test_two_processes_that_share_a_student_out_compute_what_one_does(tmp_path: 
     agree(tmp_path / "one-fsdp", tmp_path / "one")
     fit_in(tmp_path / "fsdp-one", Follow(seed=9))
     agree(tmp_path / "fsdp-one", tmp_path / "one")
+    for given in (True, False):
+        one = climb_in(tmp_path / f"one-ladder-{given}", given)
+        agree(tmp_path / f"ladder-{given}", tmp_path / f"one-ladder-{given}")
+        assert one.rung == saved(tmp_path / f"ladder-{given}")[1]["method"]["rung"] == 2
     # neither held more than its rows of the student's weights: of 3, 5, 5, ... rows 2, 3, 3, ... and 1, 2, 2, ...
     held = [set(end["held"]) for end in ends]
     count = sum(p.numel() for p in Blocks().parameters())
@@ -106,6 +110,9 @@ def test_a_shared_out_run_can_go_on_as_any_other_and_a_unet_is_shared_out_too(tm
     for moment in ("step3", "round", "end"):
         name = f"seen-{moment}-0.safetensors"
         assert_close(load_file(two / name), load_file(tmp_path / "lcm" / name), rtol=1e-5, atol=1e-6)
+    for given in (True, False):
+        for death in (2, 3, 6):
+            agree(tmp_path / f"ladder-{given}-{death}", tmp_path / f"ladder-{given}", **EXACT)
     # in bf16 the weights of one layer at a time are cast, where DDP keeps them all: the same numbers
     agree(tmp_path / "fsdp-bf16", tmp_path / "ddp-bf16")
     forwards = 6 * 2 * 2

@@ -219,6 +219,24 @@ def test_resuming_as_another_run_is_refused(
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
+def test_the_teacher_may_lie_elsewhere_but_must_be_the_same(tmp_path: Path) -> None:
+    """It is told by a hash; in another precision, and for a run that has none, nobody can tell."""
+
+    def run(steps: int, teacher: dict[str, str], **more: Any) -> None:
+        trainer = Trainer(options(max_train_steps=steps, **more), tmp_path)
+        trainer.teacher = teacher
+        trainer.fit(Regression(), Numbers())
+
+    run(2, {"float32": "abc"})
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    with pytest.raises(InputError, match=r"expected the teacher of checkpoint .*other weights.*--teacher\.path .*anew"):
+        run(3, {"float32": "def"}, resume_from_checkpoint="latest")
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    for steps, teacher in ((3, {"float32": "abc"}), (4, {"bfloat16": "def"}), (5, {}), (6, {"float32": "def"})):
+        run(steps, teacher, resume_from_checkpoint="latest")
+        assert saved(tmp_path)[1]["teacher"] == teacher
+
+
 def test_networks_of_other_shapes_are_refused(tmp_path: Path) -> None:
     train(tmp_path)
     method = Regression()

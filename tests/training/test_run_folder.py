@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from ladders import ladder
 from toys import Duel, Killed, Numbers, Regression, network, options, rows, saved, stopping_after, train
 
 from stepdistill.errors import InputError
@@ -162,6 +163,22 @@ def test_the_room_that_is_asked_for_is_that_of_the_checkpoints(tmp_path: Path, m
     # before the first step without the optimizers' step counts, four bytes each
     assert written - 4 * 2 * 4 <= asked[0][0] < written and asked[1] == (written, 1)
     assert asked[0][1] == 3, "two are kept while a third is written"
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize(("rungs", "given"), [((4, 2, 1), True), ((4, 2, 1), False), ((4,), True)])
+def test_the_room_for_a_teacher_that_a_later_rung_adds(
+    tmp_path: Path, kind: str, rungs: tuple[int, ...], given: bool
+) -> None:
+    """What is asked for before the first rung is what a checkpoint of the last one takes."""
+    asked: list[tuple[int, int]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("stepdistill.training.loop.check_space", lambda _folder, *args: asked.append(args))
+        train(tmp_path, ladder(kind, given, rungs=rungs), max_train_steps=2)
+    tensors = saved(tmp_path)[0]
+    assert any(name.startswith("teacher/") for name in tensors) == (len(rungs) > 1 or not given)
+    counts = 4 * sum(name.endswith(".step") for name in tensors)
+    assert [size for size, _ in asked] == [sum(tensor.nbytes for tensor in tensors.values()) - counts]
 
 
 @pytest.mark.parametrize(
