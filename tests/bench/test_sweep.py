@@ -182,7 +182,8 @@ def test_cells_of_other_weights_or_another_extractor(jobs: list[Job], tmp_path: 
     other = Contender(contender.name, contender.pipe, "another")
     with pytest.raises(InputError, match="weights differ"):
         swept(tmp_path, [(cell, other)])
-    other = Contender(contender.name, contender.pipe, contender.weights, {}, {2: {"timesteps": [9, 1]}})
+    schedules = {2: {"timesteps": [9, 1]}}
+    other = Contender(contender.name, contender.pipe, contender.weights, _schedules=schedules)
     with pytest.raises(InputError, match="got another's: schedule differ"):
         swept(tmp_path, [(cell, other)])
     half = copy.deepcopy(contender.pipe).to(torch.bfloat16)
