@@ -36,18 +36,19 @@ def _unet(**changes: Any) -> Any:
     return UNet2DConditionModel(**{**options, **changes})
 
 
-def _vae() -> Any:
+def _vae(**changes: Any) -> Any:
     from diffusers import AutoencoderKL
 
-    return AutoencoderKL(
-        sample_size=RESOLUTION,
-        block_out_channels=(4, 4, 8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=1,
-        norm_num_groups=2,
-        latent_channels=4,
-    )
+    options = {
+        "sample_size": RESOLUTION,
+        "block_out_channels": (4, 4, 8, 8),
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "layers_per_block": 1,
+        "norm_num_groups": 2,
+        "latent_channels": 4,
+    }
+    return AutoencoderKL(**{**options, **changes})
 
 
 def _text(width: int = 16, projection: int | None = None, **tokens: Any) -> tuple[Any, Any]:

@@ -29,6 +29,7 @@ from .judge import Judge
 from .reference import Reference
 from .yardstick import Yardstick, demo_yardstick
 
+TIMES = ("timestep", "guidance")
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -89,7 +90,8 @@ def _in_their_own_dtypes(modules: Iterable[nn.Module]) -> Iterator[None]:
         def own(value: Any) -> Any:
             return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
-        return tuple(own(v) for v in args), {name: own(v) for name, v in kwargs.items()}
+        # times stay as they are, as stock pipelines hand them to networks in half precision
+        return tuple(own(v) for v in args), {name: v if name in TIMES else own(v) for name, v in kwargs.items()}
 
     with ExitStack() as stack:
         for module in modules:

@@ -6,8 +6,10 @@ compare pairwise and a difference in quality is one of the model.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,11 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..families.flux import pack
 from ..randomness import derived_seed, generator
 from .features import Images
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+
+SIDES = ("height", "width")
 
 
 def denoiser_of(pipe: DiffusionPipeline) -> nn.Module:
@@ -56,6 +62,29 @@ def _evaluating(pipe: DiffusionPipeline) -> Iterator[None]:
     finally:
         for module, mode in zip(modules, modes, strict=True):
             module.training = mode
+
+
+@contextmanager
+def _drawing(scheduler: Any, draws: list[torch.Generator]) -> Iterator[None]:
+    """Within it the noise between steps comes from `draws`: pipelines of flow models hand their generators to no step."""
+    step, shadow = scheduler.step, vars(scheduler).get("step")
+    flow = type(scheduler).__name__.startswith("FlowMatch")
+    if not flow or "generator" not in inspect.signature(step).parameters:
+        yield
+        return
+
+    @wraps(step)
+    def drawn(*args: Any, **kwargs: Any) -> Any:
+        return step(*args, **{"generator": draws, **kwargs})
+
+    scheduler.step = drawn
+    try:
+        yield
+    finally:
+        if shadow is None:
+            del scheduler.step
+        else:
+            scheduler.step = shadow
 
 
 def _check(
@@ -106,20 +135,24 @@ def generate(
     call: Any = pipe  # the base class declares no __call__
     shape, dtype = latent_shape(network, pipe, options), next(network.parameters()).dtype
     schedule: dict[str, Any] = {"num_inference_steps": steps} if timesteps is None else {"timesteps": list(timesteps)}
+    if _is_packed(network):  # and doesn't see the size of what it is given
+        options |= {name: side * int(pipe.vae_scale_factor) for name, side in zip(SIDES, shape[1:], strict=True)}
     images = []
     with _evaluating(pipe):
         for first in range(0, len(prompts), batch_size):
             batch = list(prompts[first : first + batch_size])
             indices = range(start_index + first, start_index + first + len(batch))
-            output = call(
-                prompt=batch,
-                guidance_scale=guidance_scale,
-                latents=initial_noise(shape, seed, indices).to(dtype),
-                generator=step_generators(seed, indices),
-                output_type="np",
-                **schedule,
-                **options,
-            )
+            noise, draws = initial_noise(shape, seed, indices).to(dtype), step_generators(seed, indices)
+            with _drawing(pipe.scheduler, draws):
+                output = call(
+                    prompt=batch,
+                    guidance_scale=guidance_scale,
+                    latents=pack(noise) if _is_packed(network) else noise,
+                    generator=draws,
+                    output_type="np",
+                    **schedule,
+                    **options,
+                )
             images.append(_bytes(output))
     return np.concatenate(images)
 
@@ -139,11 +172,15 @@ def _bytes(output: Any) -> Images:
 def latent_shape(network: nn.Module, pipe: DiffusionPipeline, options: dict[str, Any]) -> tuple[int, int, int]:
     """(C, h, w) of the latents: the network's own sample size, or the height and width asked for."""
     config: dict[str, Any] = dict(network.config)  # type: ignore[arg-type]
-    size = config["sample_size"]
+    factor, packed = pipe.vae_scale_factor, _is_packed(network)
+    size = pipe.vae.config["sample_size"] // factor if packed else config["sample_size"]
     h, w = (size, size) if isinstance(size, int) else size
-    factor = pipe.vae_scale_factor
-    return (
-        config["in_channels"],
-        options.get("height", h * factor) // factor,
-        options.get("width", w * factor) // factor,
-    )
+    h, w = options.get("height", h * factor) // factor, options.get("width", w * factor) // factor
+    if packed:
+        return config["in_channels"] // 4, h - h % 2, w - w % 2
+    return config["in_channels"], h, w
+
+
+def _is_packed(network: nn.Module) -> bool:
+    """Whether the network is Flux's, which takes four latents as one token, and whose config names no size."""
+    return type(network).__name__ == "FluxTransformer2DModel"

@@ -47,7 +47,8 @@ def open_pipeline(config: TeacherConfig, flag: str, dtype: torch.dtype = torch.f
             pipe: Any = load(config, dtype).pipeline()
         else:
             checker = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-            parts = checker if "safety_checker" in index else {}
+            absent = {name: None for name, part in index.items() if isinstance(part, list) and part[0] is None}
+            parts = {**absent, **(checker if "safety_checker" in index else {})}
             pipe = load_pipeline(cls, path, config, _modules(index), dtype, **parts)
         return _cast(pipe, dtype)
 

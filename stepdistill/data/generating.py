@@ -11,6 +11,7 @@ from ..batch import Cond, move
 from ..diffusion.guidance import guide_scale
 from ..diffusion.prediction import Prediction
 from ..diffusion.solver import sample
+from ..diffusion.timesteps import shift
 from ..errors import InputError
 from ..families.model import Model
 from ..randomness import StepRandom
@@ -29,8 +30,8 @@ class TeacherLatents(Maker):
         resolution: side of the images in pixels.
         shape: (C, h, w) of the latents at that resolution.
         prompt_rows: for each prompt its row in the cache.
-        guidance_scale: Diffusers' convention: 1 is no guidance, and costs half.
-        steps: of DDIM, on the schedule's even grid from t = 1 to 0.
+        guidance_scale: Diffusers' convention: 1 is no guidance, and costs half; told to a teacher that has guidance in it.
+        steps: of DDIM, on the schedule's even grid from t = 1 to 0; on a flow with the shift of the teacher's sampler.
         batch_size: latents made at once.
         seed: of the noise.
     """
@@ -65,7 +66,8 @@ class TeacherLatents(Maker):
 
     def _sampled(self, noise: Tensor, cond: Cond) -> Tensor:
         """Latents [B, C, h, w] from noise at t = 1."""
-        denoiser, device, guided = self.model.denoiser, self.model.device, self.guidance_scale != 1.0
+        denoiser, device = self.model.denoiser, self.model.device
+        guided = self.guidance_scale != 1.0 and not denoiser.takes_guidance
         noise, cond, uncond = noise.to(device), move(cond, device), move(self.model.uncond(cond), device)
         if guided and not uncond:
             raise InputError(
@@ -73,9 +75,11 @@ class TeacherLatents(Maker):
                 "--data.guidance_scale 1"
             )
         scale = torch.full((len(noise),), self.guidance_scale, dtype=torch.float64)
+        cond = denoiser.tell(cond, scale - 1.0)
+        grid = shift(denoiser.schedule.grid(self.steps), self.model.shift(self.shape))
 
         def denoise(x_t: Tensor, t: Tensor) -> Prediction:
             prediction = denoiser(x_t, t, cond)
             return guide_scale(prediction, denoiser(x_t, t, uncond), scale) if guided else prediction
 
-        return sample(denoise, denoiser.schedule, noise, denoiser.schedule.grid(self.steps))
+        return sample(denoise, denoiser.schedule, noise, grid)

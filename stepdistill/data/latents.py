@@ -137,7 +137,8 @@ def cache_latents(
         latents = TeacherLatents(
             model, source.captions, resolution, shape, rows, scale, steps, config.encode_batch_size, seed
         )
-        about = {"teacher": [model.denoiser_fingerprint(), scale, steps, seed]}
+        moved = [] if model.shift(shape) == 1.0 else [model.shift(shape)]
+        about = {"teacher": [model.denoiser_fingerprint(), scale, steps, seed, *moved]}
     prompts = PromptEmbeds(model, texts, config.encode_batch_size)
     about |= {"format": FORMAT, "shards": [latents.shard, prompts.shard], "resolution": resolution}
     about |= {"model": model.fingerprint(), "source": source.fingerprint()}
@@ -153,8 +154,9 @@ def latent_shape(model: Model, resolution: int) -> tuple[int, int, int]:
     """(C, h, w) of the model's latents at another resolution than its own; InputError where pixels don't divide."""
     channels, *sides = model.latent_shape
     height, width = (side * resolution // model.resolution for side in sides)
-    if any(side * resolution % model.resolution for side in sides):
-        unit = math.lcm(*(model.resolution // math.gcd(side, model.resolution) for side in sides))
+    if any(side * resolution % (model.resolution * model.patch) for side in sides):
+        pixels = model.resolution * model.patch
+        unit = math.lcm(*(pixels // math.gcd(side, pixels) for side in sides))
         raise InputError(
             f"expected a multiple of {unit} pixels, which {model.name!r} needs, got resolution {resolution}; fix "
             "--data.resolution"

@@ -9,6 +9,7 @@ from ..families import Model, TeacherConfig
 from ..families.loading import is_local
 from .kohya import KOHYA
 from .lines import quoted
+from .part import absent
 
 CARD, TABLE, SAMPLES = "README.md", "table.md", "samples"
 TASKS = {"prompt": "text-to-image", "nothing": "unconditional-image-generation", "class": "image-generation"}
@@ -30,6 +31,7 @@ def base_facts(model: Model, teacher: TeacherConfig) -> dict[str, Any]:
         "variant": teacher.variant,
         "vae": teacher.vae,
         "hash": model.denoiser_hash(),
+        "without": absent(model.pipeline()),
     }
 
 
@@ -87,15 +89,13 @@ def _reach(steps: list[int]) -> str:
 def _sampling_rows(info: dict[str, Any]) -> list[str]:
     counts, default = ", ".join(str(n) for n in info["steps"]), str(info["default_steps"])
     what = "sigmas" if info["sigmas"] else "timesteps"
-    visited = ", ".join(f"{value:.6g}" for value in info[what][default])
-    rows = [f"steps: {counts} ({what} of {default}: [{visited}])"]
+    visited = ", ".join(f"{value:.6g}" for value in info[what].get(default, ()))
+    rows = [f"steps: {counts}" + (f" ({what} of {default}: [{visited}])" if visited else "")]
     scale = info["guidance_scale"]
     if info["guidance_range"]:
         low, high = info["guidance_range"]
-        rows += [
-            f"guidance_scale: {scale:g}, or another from {low:g} to {high:g}: the network reads it, and runs once a step "
-            "whatever it is"
-        ]
+        others = f", or another from {low:g} to {high:g}" if low < high else ""
+        rows += [f"guidance_scale: {scale:g}{others}: the network reads it, and runs once a step whatever it is"]
     elif info["takes"] == "prompt":
         rows += [f"guidance_scale: {scale:g}{info['guidance_note']}"]
     return rows

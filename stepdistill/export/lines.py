@@ -34,6 +34,7 @@ def _from_a_prompt(place: str, info: dict[str, Any], elsewhere: bool) -> list[st
     options = {} if is_single_file(path) else {key: base[key] for key in ("revision", "variant")}
     given = "".join(f", {key}={quoted(value)}" for key, value in options.items() if value is not None)
     opener = "from_single_file" if is_single_file(path) else "from_pretrained"
+    given += "".join(f", {part}=None" for part in base.get("without", ()))
     names = [info["scheduler"], pipeline, *(["AutoencoderKL"] if vae else []), *([network["class"]] if network else [])]
     lines = [f"from diffusers import {', '.join(sorted(names))}", ""]
     if network:
@@ -48,6 +49,8 @@ def _from_a_prompt(place: str, info: dict[str, Any], elsewhere: bool) -> list[st
     call = f'"PROMPT", num_inference_steps={info["default_steps"]}, guidance_scale={info["guidance_scale"]}'
     if info["sigmas"]:
         call += f", sigmas={info['sigmas'][str(info['default_steps'])]}"
+    if info.get("size"):
+        call += ", height={0}, width={0}".format(info["size"])
     return [*lines, f"pipe.scheduler = {_scheduler(place, info)}", f"image = pipe({call}).images[0]"]
 
 

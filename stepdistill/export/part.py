@@ -84,6 +84,11 @@ def component(pipeline: Any) -> str:
     return "transformer" if "transformer" in pipeline.components else "unet"
 
 
+def absent(pipeline: Any) -> list[str]:
+    """Parts that the pipeline's class asks for and this one has none of, such as SD3's T5: to be named when it is opened."""
+    return [n for n, part in pipeline.components.items() if part is None and n not in pipeline._optional_components]
+
+
 def check_finite(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> None:
     """InputError where a tensor is nan or inf, as weights beyond float16's range are in it."""
     named = list(tensors)

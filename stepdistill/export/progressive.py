@@ -16,7 +16,7 @@ from ..methods.guidance_distill import GuidanceDistillConfig
 from ..methods.progressive import ProgressiveConfig
 from .card import base_facts
 from .folder import RUNGS, read_facts, rungs_in, same_base
-from .sampling import Sampling, check_table, table_fields, told
+from .sampling import Sampling, check_table, levels, table_fields, told
 
 
 def progressive_sampling(method: ProgressiveConfig, model: Model, steps: int, takes_guidance: bool = False) -> Sampling:
@@ -54,7 +54,7 @@ def progressive_sampling(method: ProgressiveConfig, model: Model, steps: int, ta
         raise InputError(
             f"expected a noise table or a flow, got {type(schedule).__name__}; no stock scheduler samples it"
         )
-    scale, reach = told(method.w_min, method.w_max, takes_guidance)
+    scale, reach = told(method.w_min, method.w_max, takes_guidance, model.usual_guidance)
     return Sampling(
         method="progressive",
         title="Progressive distillation",
@@ -104,9 +104,10 @@ def guidance_sampling(method: GuidanceDistillConfig, model: Model, takes_guidanc
     """The teacher's own scheduler, without classifier-free guidance, which the student holds (arXiv 2210.03142)."""
     scheduler = model.pipeline().scheduler
     scheduler = type(scheduler).from_config(scheduler.config)
-    scale, reach = told(method.w_min, method.w_max, takes_guidance)
+    scale, reach = told(method.w_min, method.w_max, takes_guidance, model.usual_guidance)
     steps, timesteps = (50, 25), dict[str, list[int]]()
-    for count in steps:
+    # those of a flow may depend on the image's size
+    for count in steps if isinstance(model.denoiser.schedule, Tabulated) else ():
         scheduler.set_timesteps(count)
         timesteps[str(count)] = [int(t) for t in scheduler.timesteps]
     return Sampling(
@@ -146,5 +147,4 @@ def _ddim(model: Model) -> Any:
 def _euler(model: Model) -> Any:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    levels = model.pipeline().scheduler.config.get("num_train_timesteps", 1000)
-    return FlowMatchEulerDiscreteScheduler(num_train_timesteps=levels, shift=1.0, use_dynamic_shifting=False)
+    return FlowMatchEulerDiscreteScheduler(num_train_timesteps=levels(model), shift=1.0, use_dynamic_shifting=False)

@@ -18,6 +18,7 @@ from ..config import CommaList
 from ..errors import InputError
 from ..families import Model, TeacherConfig, load
 from ..methods.guidance_distill import GuidanceDistill
+from ..methods.ladd import LADD, LADDConfig
 from ..methods.lcm import LCM, LCMConfig
 from ..methods.progressive import Progressive, ProgressiveConfig
 from ..networks.denoiser import Denoiser
@@ -27,6 +28,7 @@ from ..training.snapshot import check_teacher
 from ..training.state import join_state
 from .config import CONFIG, ExportConfig, read_config
 from .hub import check_hub, push
+from .ladd import ladd_sampling
 from .lcm import lcm_sampling
 from .progressive import guidance_sampling, progressive_sampling
 from .sampling import Sampling
@@ -55,11 +57,13 @@ def _rung(config: ProgressiveConfig, model: Model, takes: bool, state: Mapping[s
 METHODS = {
     LCM.__name__: Exported(LCMConfig, "method", lambda config, model, takes, _: lcm_sampling(config, model, takes)),
     Progressive.__name__: Exported(ProgressiveConfig, "method", _rung),
+    LADD.__name__: Exported(LADDConfig, "method", lambda config, model, *_: ladd_sampling(config, model)),
     GuidanceDistill.__name__: Exported(
         ProgressiveConfig, "method", lambda config, model, takes, _: guidance_sampling(config.guidance(), model, takes)
     ),
 }
-PARSED: Mapping[str, Callable[[Any], Any]] = dict.fromkeys(("targets", "formats", "rungs"), CommaList.parse)
+LISTS = ("targets", "formats", "rungs", "times", "probabilities", "warmup_probabilities", "taps")
+PARSED: Mapping[str, Callable[[Any], Any]] = dict.fromkeys(LISTS, CommaList.parse)
 T = TypeVar("T")
 
 

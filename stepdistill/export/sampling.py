@@ -13,7 +13,6 @@ import torch
 from ..errors import InputError
 from ..families import Model
 
-GUIDANCE = 8.0  # of a student that is told it, where its training reaches so far
 TABLE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
 
 
@@ -28,7 +27,8 @@ class Sampling:
         scheduler: a stock Diffusers scheduler, ready to be saved.
         steps: step counts the student is meant for.
         default_steps: the one that examples use.
-        timesteps: step count -> native timesteps that the scheduler visits; {} where sigmas say it.
+        timesteps: step count -> native timesteps that the scheduler visits; {} where sigmas say it, or the image's
+            size decides.
         guidance_scale: what the pipeline is called with; 1.0 means no classifier-free guidance.
         guidance_range: what it may be called with, for a student that is told it; None for one that is not.
         trained: what the method was configured with.
@@ -50,12 +50,21 @@ class Sampling:
     sigmas: dict[str, list[float]] = field(default_factory=dict)
 
 
-def told(w_min: float, w_max: float, takes_guidance: bool) -> tuple[float, tuple[float, float] | None]:
-    """(guidance_scale, guidance_range) of a student trained with w from w_min to w_max: 1.0 and None if it isn't told."""
+def told(w_min: float, w_max: float, takes_guidance: bool, usual: float) -> tuple[float, tuple[float, float] | None]:
+    """(guidance_scale, guidance_range) of a student trained with w from w_min to w_max: 1.0 and None if it isn't told.
+
+    Args:
+        usual: the scale, where the range has it; else the nearest that it has.
+    """
     if not takes_guidance:
         return 1.0, None
     reach = (w_min + 1.0, w_max + 1.0)
-    return min(max(GUIDANCE, reach[0]), reach[1]), reach
+    return min(max(usual, reach[0]), reach[1]), reach
+
+
+def levels(model: Model) -> int:
+    """The num_train_timesteps of the teacher's scheduler, by which a network's times are counted."""
+    return int(model.pipeline().scheduler.config.get("num_train_timesteps", 1000))
 
 
 def table_fields(model: Model) -> dict[str, Any]:

@@ -124,6 +124,7 @@ def facts(
         "kind": plan.kind,
         "pipeline": UNCONDITIONAL if takes == "nothing" else type(model.pipeline()).__name__,
         "takes": takes,
+        "size": None if model.resolution == model.stock_resolution else model.resolution,
         "steps": list(plan.steps),
         "default_steps": plan.default_steps,
         "timesteps": plan.timesteps,

@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING
 
 from ..errors import InputError
 from .config import TeacherConfig
+from .flux import Flux
 from .loading import read_index, resolve
 from .model import Model
 from .pixels import Pixels
+from .sd3 import StableDiffusion3
 from .sdxl import StableDiffusionXL
 from .unet import StableDiffusion
 
@@ -18,13 +20,21 @@ if TYPE_CHECKING:
 __all__ = ["Model", "TeacherConfig", "load"]
 
 # the pipeline class that a checkpoint names -> its family; the one place where families are listed
-TABLE: dict[str, type[StableDiffusion] | type[StableDiffusionXL] | type[Pixels]] = {
+TABLE: dict[
+    str, type[StableDiffusion] | type[StableDiffusionXL] | type[StableDiffusion3] | type[Flux] | type[Pixels]
+] = {
     "StableDiffusionPipeline": StableDiffusion,
     "StableDiffusionImg2ImgPipeline": StableDiffusion,
     "StableDiffusionInpaintPipeline": StableDiffusion,
     "StableDiffusionXLPipeline": StableDiffusionXL,
     "StableDiffusionXLImg2ImgPipeline": StableDiffusionXL,
     "StableDiffusionXLInpaintPipeline": StableDiffusionXL,
+    "StableDiffusion3Pipeline": StableDiffusion3,
+    "StableDiffusion3Img2ImgPipeline": StableDiffusion3,
+    "StableDiffusion3InpaintPipeline": StableDiffusion3,
+    "FluxPipeline": Flux,
+    "FluxImg2ImgPipeline": Flux,
+    "FluxInpaintPipeline": Flux,
     "DDPMPipeline": Pixels,
     "DDIMPipeline": Pixels,
 }

@@ -30,6 +30,9 @@ TEXT_ENCODERS = (
     ("cond_stage_model.", "StableDiffusionPipeline"),
 )
 
+# and what is not opened from one, by its transformer's tensors, text encoders or not
+TRANSFORMERS = (("joint_blocks.", "Stable Diffusion 3"), ("double_blocks.", "Flux"))
+
 # what Diffusers and Transformers raise on checkpoints that are incomplete, damaged or of another model
 BROKEN = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError)
 
@@ -107,6 +110,12 @@ def _class_of_file(path: str) -> str:
     for prefix, name in TEXT_ENCODERS:
         if any(n.startswith(prefix) for n in names):
             return name
+    for part, name in TRANSFORMERS:
+        if any(part in n for n in names):
+            raise InputError(
+                f"expected Stable Diffusion or SDXL in {path!r}, got {name}, which is not opened from a single file; give "
+                "--teacher.path a Diffusers folder or a hub id of it"
+            )
     raise InputError(
         f"expected Stable Diffusion or SDXL with its text encoder in {path!r}, got tensors such as {sorted(names)[:3]}; "
         "give --teacher.path a whole checkpoint, or a Diffusers folder"

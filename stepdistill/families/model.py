@@ -26,6 +26,8 @@ class Model(ABC):
         resolution: the pixel size the checkpoint was made for.
         latent_shape: (C, H, W) of the denoiser's input at that resolution.
         examples: two prompts that this model understands, for checks.
+        patch: latents that the denoiser sees as one, along a side; their height and width are multiples of it.
+        usual_guidance: the guidance_scale of examples with a student that is told it.
     """
 
     denoiser: Denoiser
@@ -33,6 +35,8 @@ class Model(ABC):
     resolution: int
     latent_shape: tuple[int, int, int]
     examples: tuple[str, str] = ("a", "another one")
+    patch: int = 1
+    usual_guidance: float = 8.0
 
     @property
     @abstractmethod
@@ -86,6 +90,15 @@ class Model(ABC):
         """
         sizes = [size or (self.resolution, self.resolution)] * len(prompts)
         return {**self.encode_prompts(prompts), **self.size_cond(sizes, [(0, 0)] * len(prompts), sizes)}
+
+    @property
+    def stock_resolution(self) -> int:
+        """The pixel size of the stock pipeline's images where it is told none."""
+        return self.resolution
+
+    def shift(self, latent_shape: tuple[int, ...]) -> float:
+        """Timestep shift of the checkpoint's own sampler, for latents of that shape; 1 for those that have none."""
+        return 1.0
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:

@@ -58,6 +58,14 @@ class PixelUNet(Denoiser):
         module: Any = self.module
         if wanted:
             module.enable_gradient_checkpointing()
+            self.recomputes = True
+
+    def pooled(self, cond: Cond) -> Tensor | None:
+        """The class, as one of N."""
+        module: Any = self.module
+        if not self.takes_classes:
+            return None
+        return nn.functional.one_hot(cond["class_labels"], module.config.num_class_embeds).float()
 
 
 class Pixels(Model):

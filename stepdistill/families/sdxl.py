@@ -83,10 +83,7 @@ class StableDiffusionXL(Model):
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Cond:
         """`prompt_embeds` [B, L, D1 + D2], the last states but one of both; `pooled_prompt_embeds` [B, P] of the second."""
-        tokens = [text.tokenize(tokenizer, prompts).input_ids.to(self.device) for tokenizer in self.tokenizers]
-        first, second = (
-            encoder(ids, output_hidden_states=True) for encoder, ids in zip(self.encoders, tokens, strict=True)
-        )
+        first, second = (text.clip(e, t, prompts) for e, t in zip(self.encoders, self.tokenizers, strict=True))
         embeds = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
         return {"prompt_embeds": embeds.float(), "pooled_prompt_embeds": second.text_embeds.float()}
 
@@ -95,7 +92,7 @@ class StableDiffusionXL(Model):
         if self._empty is None:
             empty = self.encode_prompts([""])
             self._empty = {k: torch.zeros_like(v) for k, v in empty.items()} if self.zeros_for_empty else empty
-        return {**cond, **{k: v.to(cond[k]).expand_as(cond[k]) for k, v in self._empty.items()}}
+        return text.replaced(cond, self._empty)
 
     def size_cond(
         self, original: Sequence[tuple[int, int]], crop: Sequence[tuple[int, int]], target: Sequence[tuple[int, int]]

@@ -84,6 +84,11 @@ class UNet(Denoiser):
         module: Any = self.module
         if wanted:
             module.enable_gradient_checkpointing()
+            self.recomputes = True
+
+    def pooled(self, cond: Cond) -> Tensor:
+        """SDXL's pooled text; of one text encoder without it the mean of the prompt's states."""
+        return cond["pooled_prompt_embeds"] if self.takes_size else cond["prompt_embeds"].mean(1)
 
 
 def embed_guidance(w: Tensor, channels: int) -> Tensor:
@@ -150,7 +155,7 @@ class StableDiffusion(Model):
         size = side(config.sample_size, name)
         self.resolution = size * pipeline.vae_scale_factor
         self.latent_shape = (config.in_channels, size, size)
-        self._empty: Tensor | None = None
+        self._empty: Cond | None = None
 
     @classmethod
     def load(cls, config: TeacherConfig, path: str, dtype: torch.dtype) -> StableDiffusion:
@@ -185,9 +190,8 @@ class StableDiffusion(Model):
 
     def uncond(self, cond: Cond) -> Cond:
         if self._empty is None:
-            self._empty = self.encode_prompts([""])["prompt_embeds"]
-        embeds = cond["prompt_embeds"]
-        return {**cond, "prompt_embeds": self._empty.to(embeds).expand_as(embeds)}
+            self._empty = self.encode_prompts([""])
+        return text.replaced(cond, self._empty)
 
     def pipeline(self, student: Denoiser | None = None) -> StableDiffusionPipeline:
         from diffusers import StableDiffusionPipeline

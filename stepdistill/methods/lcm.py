@@ -17,9 +17,9 @@ from ..batch import Batch, Cond
 from ..diffusion.boundary import lcm_scalings
 from ..diffusion.losses import mse, pseudo_huber
 from ..diffusion.prediction import Prediction
-from ..diffusion.schedule import Tabulated, expand
+from ..diffusion.schedule import NoiseSchedule, Tabulated, expand
 from ..diffusion.solver import ddim
-from ..diffusion.timesteps import uniform
+from ..diffusion.timesteps import shift, uniform
 from ..errors import InputError
 from ..method import Losses, Method
 from ..networks.denoiser import Denoiser
@@ -42,6 +42,7 @@ class LCMConfig:
         sigma_data: of c_skip and c_out.
         target_decay: of the average of the student that it is trained towards; 0 is the student itself. By default 0.95
             for a full student, as in the paper, and 0 for a LoRA, as in LCM-LoRA.
+        shift: timestep shift of the grid of a flow-matching model, e.g. 3 as Stable Diffusion 3 is sampled.
     """
 
     w_min: float = 5.0
@@ -52,6 +53,7 @@ class LCMConfig:
     timestep_scaling: float = 10.0
     sigma_data: float = 0.5
     target_decay: float | None = None
+    shift: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.w_min <= self.w_max:
@@ -64,6 +66,12 @@ class LCMConfig:
             raise InputError(f"expected huber_c > 0, got {self.huber_c}; 0.001 is usual")
         if self.target_decay is not None and not 0.0 <= self.target_decay < 1.0:
             raise InputError(f"expected target_decay in [0, 1), got {self.target_decay}; fix --method.target_decay")
+        if not self.shift > 0:
+            raise InputError(f"expected shift > 0, got {self.shift}; fix --method.shift (1 means none)")
+
+    def grid(self, schedule: NoiseSchedule) -> Tensor:
+        """[num_ddim_timesteps + 1] times of the teacher's solver, from 1 to 0, float64."""
+        return shift(schedule.grid(self.num_ddim_timesteps), self.shift)
 
 
 class LCM(Method):
@@ -82,9 +90,14 @@ class LCM(Method):
         self.decay = default if config.target_decay is None else config.target_decay
         self.target = student.frozen_copy() if self.decay > 0 else student  # theta^-
         self.schedule = teacher.schedule
-        self.grid = self.schedule.grid(config.num_ddim_timesteps)  # t_N = 1 > ... > t_0 = 0
+        self.grid = config.grid(self.schedule)  # t_N = 1 > ... > t_0 = 0
         if isinstance(self.schedule, Tabulated):
             levels = self.schedule.levels
+            if config.shift != 1.0:
+                raise InputError(
+                    f"expected no shift on a discrete noise table, got {config.shift}: LCMScheduler has none; drop "
+                    "--method.shift"
+                )
             if levels % config.num_ddim_timesteps:
                 raise InputError(
                     f"expected num_ddim_timesteps to divide the teacher's {levels} levels, got {config.num_ddim_timesteps}; "

@@ -16,6 +16,7 @@ from ..diffusion.prediction import Kind, Prediction, read
 from ..diffusion.schedule import NoiseSchedule
 from ..errors import InputError
 from .lora import Adapters, LoraSpec, StudentConfig
+from .merge import bare
 from .network import Network
 
 
@@ -28,11 +29,13 @@ class Denoiser(Network, ABC):
         lora_targets: module names that LoRA adapts by default.
         tap_points: module names whose features a discriminator reads by default.
         takes_guidance: whether it reads `cond["guidance"]`, the guidance_scale [B] that it is to behave as if sampled with.
+        recomputes: whether activations are computed again in backward (gradient checkpointing).
     """
 
     lora_targets: Sequence[str] = ()
     tap_points: Sequence[str] = ()
     takes_guidance: bool = False
+    recomputes: bool = False
 
     def __init__(self, net: nn.Module, schedule: NoiseSchedule, predicts: Kind) -> None:
         super().__init__(net)
@@ -66,13 +69,38 @@ class Denoiser(Network, ABC):
     def guide(self, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond, w: Tensor) -> Prediction:
         """The prediction with classifier-free guidance w [B] on x0 and on eps, both halves in one forward.
 
-        Plain where `uncond` is {}, as it is for unconditional models.
+        A network that has guidance in it is told w instead; plain where `uncond` is {}, as it is for unconditional models.
         """
-        if not uncond:
-            return self(x_t, t, cond)
+        if self.takes_guidance or not uncond:
+            return self(x_t, t, self.tell(cond, w))
         both = self(torch.cat([x_t, x_t]), torch.cat([t, t]), concat(cond, uncond))
         with_prompt, without = both.chunk(2)
         return guide_w(with_prompt, without, w)
+
+    def feature_map(self, name: str, feature: Tensor, x_t: Tensor) -> Tensor:
+        """The feature that a tap on `name` kept, as a map [B, C, h, w], or [B, C, 1, 1] where it has no places.
+
+        Here for maps, for vectors [B, C], and for tokens [B, h w, C] in rows, of x_t [B, ..., H, W] at its own size or halved
+        (rounded up) any number of times. Families whose tokens lie otherwise write their own. ValueError where it doesn't fit.
+        """
+        if feature.ndim == 4:
+            return feature
+        if feature.ndim == 2:
+            return feature[:, :, None, None]
+        if feature.ndim == 3 and x_t.ndim == 4:
+            tokens, (h, w) = feature.shape[1], x_t.shape[-2:]
+            while h * w > tokens:
+                h, w = (h + 1) // 2, (w + 1) // 2
+            if h * w == tokens:
+                return feature.transpose(1, 2).unflatten(2, (h, w))
+        raise ValueError(
+            f"expected a map, a vector or the tokens of an image of {tuple(x_t.shape)} at {name!r}, got a feature of "
+            f"{tuple(feature.shape)}; tap another module"
+        )
+
+    def pooled(self, cond: Cond) -> Tensor | None:
+        """One vector [B, P] a sample that says what its condition is, for a discriminator's heads; None without conditions."""
+        return None
 
     def checkpoint_activations(self, wanted: bool = True) -> None:
         """If `wanted`, trades compute for memory: activations are computed again in backward. InputError if it can't be."""
@@ -103,6 +131,13 @@ class Denoiser(Network, ABC):
             student._add_guidance_input()
         student._fix_trainable()
         return student
+
+    def bare_copy(self) -> Self:
+        """A frozen copy of this network's weights without any adapter, which shares nothing with it."""
+        twin = copy.copy(self)
+        twin.net, twin.adapters, twin.adapter = bare(self), None, None
+        twin._fix_trainable()
+        return twin
 
     def _add_guidance_input(self) -> None:
         """Families with a guidance input add it to `self.net` here, with an output of zero, and set `takes_guidance`."""

@@ -87,11 +87,19 @@ class Network:
         twin._trainable = {}
         return twin
 
+    def tapped(self, name: str, output: Any) -> Any:
+        """What a tap on submodule `name` keeps of its output: the tensor, or the first of a tuple.
+
+        Networks whose blocks return the text's tokens before the image's choose here.
+        """
+        return output[0] if isinstance(output, tuple) else output
+
     @contextmanager
     def taps(self, names: Sequence[str]) -> Iterator[dict[str, Any]]:
         """Collects the outputs of submodules: `with net.taps(["mid_block"]) as features: net(...)`.
 
-        Raises ValueError for a name that is no submodule. A module called several times leaves its last output.
+        What is kept of an output that is no tensor, :meth:`tapped` says. Raises ValueError for a name that is no submodule. A
+        module called several times leaves its last output.
         """
         modules = dict(self.module.named_modules())
         missing = [name for name in names if name not in modules]
@@ -101,7 +109,7 @@ class Network:
 
         def keep(name: str) -> Any:
             def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-                features[name] = output[0] if isinstance(output, tuple) else output
+                features[name] = self.tapped(name, output)
 
             return hook
 

@@ -8,7 +8,9 @@ import torch
 from PIL import Image
 from students import full_student_of, look_at, opened, student_of
 from tiny import tiny_pipeline
+from tiny_flux import tiny_flux
 from tiny_pixels import tiny_pixels
+from tiny_sd3 import tiny_sd3
 from tiny_sdxl import tiny_sdxl
 
 from stepdistill.bench import finish as module
@@ -37,18 +39,20 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {
         "sd": tiny_pipeline(place / "sd"),
         "sdxl": tiny_sdxl(place / "sdxl"),
+        "sd3": tiny_sd3(place / "sd3"),
+        "flux": tiny_flux(place / "flux"),
         "pixels": tiny_pixels(place / "pixels"),
     }
 
 
 def made(folder: Path, kind: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     model = opened(folder, dtype)
-    return model, full_student_of(model) if kind == "full" else student_of(model)
+    return model, full_student_of(model) if kind == "full" else student_of(model, targets=model.denoiser.lora_targets)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["lora", "full"])
-@pytest.mark.parametrize("family", ["sd", "sdxl"])
+@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux"])
 def test_samples_of_each_kind_in_each_precision(
     folders: dict[str, Path], tmp_path: Path, family: str, kind: str, dtype: torch.dtype
 ) -> None:
@@ -59,6 +63,16 @@ def test_samples_of_each_kind_in_each_precision(
     with Image.open(tmp_path / "samples" / "000007.png") as image:
         assert image.width > 4 * 32 and image.height > 2 * 32
     assert hooks == sum(len(m._forward_pre_hooks) for m in (*student.module.modules(), *model.pipeline().vae.modules()))
+
+
+def test_networks_in_half_precision_are_told_exact_times(folders: dict[str, Path], tmp_path: Path) -> None:
+    model, student = made(folders["sd3"], "lora", torch.bfloat16)
+    times: list[float] = []
+    embed: Any = student.module.get_submodule("time_text_embed.time_proj")
+    embed.register_forward_pre_hook(lambda _, given: times.append(given[0][0].item()))
+    plan = lcm_sampling(LCMConfig(shift=3.0), model)
+    sampler(model, student, lambda: plan, ["a"], tmp_path)(1)
+    assert times == pytest.approx([1000 * s for steps in plan.steps for s in plan.sigmas[str(steps)]], rel=1e-6)
 
 
 @pytest.mark.parametrize(("kind", "scale"), [("lora", 1.0), ("full", 8.0)])

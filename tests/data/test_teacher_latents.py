@@ -5,6 +5,8 @@ from typing import Any
 import pytest
 import torch
 from tiny import tiny_pipeline
+from tiny_flux import tiny_flux
+from tiny_sd3 import tiny_sd3
 from torch import Tensor
 from toys import sd_table
 
@@ -175,3 +177,44 @@ def test_latents_that_are_not_finite_name_the_prompt(tmp_path: Path, monkeypatch
     )
     with pytest.raises(InputError, match="finite latents, got NaN or infinity for '0'"):
         made(TwoPrompts(Flow()), ["1", "0"], tmp_path)
+
+
+@torch.no_grad()
+def test_flux_samples_as_its_own_pipeline_does_told_its_guidance_once(tmp_path: Path) -> None:
+    from diffusers import DiffusionPipeline
+
+    from stepdistill.families.flux import pack, unpack
+
+    model: Any = load(TeacherConfig(str(tiny_flux(tmp_path / "flux"))))
+    calls: list[int] = []
+    model.denoiser.module.register_forward_pre_hook(lambda *_: calls.append(1))
+    noise = StepRandom(0, 0, range(2)).normal("teacher latents", model.latent_shape)
+    latents = TeacherLatents(model, ["a", "b"], 32, model.latent_shape, [0, 1], 4.0, 3, batch_size=2).make(range(2))
+    assert len(calls) == 3
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "flux")  # its scheduler shifts by the size of the image
+    pipe.set_progress_bar_config(disable=True)
+    theirs = pipe(
+        ["a", "b"], num_inference_steps=3, guidance_scale=4.0, latents=pack(noise), height=32, width=32,
+        output_type="latent",
+    ).images  # fmt: skip
+    torch.testing.assert_close(latents.tensors["mean"], unpack(theirs, 4, 4), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_sd3_samples_at_the_shift_of_its_scheduler(tmp_path: Path) -> None:
+    model = load(TeacherConfig(str(tiny_sd3(tmp_path / "sd3"))))
+    times: list[float] = []
+    model.denoiser.module.register_forward_pre_hook(
+        lambda _, __, given: times.append(given["timestep"][0].item()), with_kwargs=True
+    )
+    TeacherLatents(model, ["a"], 32, model.latent_shape, [0], 1.0, 4).make(range(1))
+    assert times == pytest.approx([1000.0, 900.0, 750.0, 500.0])
+    without = load(TeacherConfig(str(tiny_sd3(tmp_path / "even", shift=1.0))))
+    options = {"num_inference_steps": 2, "guidance_scale": 1.0, "encode_batch_size": 2}
+    folders = []
+    for place, made_by in (("a", model), ("b", without)):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "prompts.txt").write_text("a red circle")
+        config = DataConfig(path=str(tmp_path / place / "prompts.txt"), cache_dir=str(tmp_path / "cache"), **options)
+        folders.append(cache_latents(made_by, open_source(config), config, progress=False).store.folder)
+    assert folders[0] != folders[1]  # another shift makes other latents

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import FAMILIES, TIMESTEPS, Family, calls, normal, opened, our_run, stock, stock_run
+from oracle import FAMILIES, STEPS, Family, calls, encoded, network, normal, opened, our_run, stock, stock_run
 from torch import Tensor
 
 from stepdistill.batch import Batch
@@ -21,6 +21,7 @@ from stepdistill.randomness import StepRandom
 EXACT = {"rtol": 0, "atol": 0}
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 LATENT = [name for name, family in FAMILIES.items() if family.latent]
+TABLES = [name for name, family in FAMILIES.items() if not family.flow]
 SDXL = [name for name in FAMILIES if name.startswith("sdxl")]
 
 
@@ -36,7 +37,7 @@ def case(request: pytest.FixtureRequest, folders: dict[str, Path]) -> tuple[Fami
 
 
 def inputs(model: Any, family: Family) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    t = model.denoiser.table.time(torch.tensor([999, 401]))
+    t = torch.tensor([1.0, 0.402], dtype=torch.float64) if family.flow else model.denoiser.table.time([999, 401])
     return normal(2, *model.latent_shape), t, model.conditions(family.prompts)
 
 
@@ -54,22 +55,25 @@ def test_samples_and_every_call_of_the_network_are_the_stock_pipelines(case: tup
     model = opened(folder)
     x_t = normal(2, *model.latent_shape)
     theirs, ours = stock_run(family, folder, x_t), our_run(family, model, model.denoiser, x_t)
-    assert len(ours.calls) == len(theirs.calls) == len(TIMESTEPS)
+    assert len(ours.calls) == len(theirs.calls) == STEPS
     for k, (mine, stocks) in enumerate(zip(ours.calls, theirs.calls, strict=True)):
         assert mine.keys() == stocks.keys()
-        assert (stocks["timestep"] == TIMESTEPS[k]).all()
-        assert (mine["timestep"] == TIMESTEPS[k]).all()
+        assert (stocks["timestep"] == family.native(k)).all()
+        assert (mine["timestep"] == family.native(k)).all()
         for name in mine.keys() - {"timestep"}:
             # later samples have gone through our solver, and "" is encoded once and not in a batch
-            exact = name in ("time_ids", "class_labels") or (name == "sample" and k == 0)
+            exact = name in ("time_ids", "class_labels", "guidance", "img_ids", "txt_ids") or (
+                name == "sample" and k == 0
+            )
             torch.testing.assert_close(mine[name], stocks[name], **(EXACT if exact else CLOSE))
     torch.testing.assert_close(ours.latents, theirs.latents, **CLOSE)
     torch.testing.assert_close(ours.images, theirs.images, **CLOSE)
     assert theirs.images.std() > 0.01
 
 
-def test_schedule_and_kind_are_the_checkpoints(case: tuple[Family, Path]):
-    family, folder = case
+@pytest.mark.parametrize("name", TABLES)
+def test_schedule_and_kind_are_the_checkpoints(folders: dict[str, Path], name: str):
+    folder = folders[name]
     denoiser, config = opened(folder).denoiser, stock(folder).scheduler.config
     kinds = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
     assert denoiser.predicts == kinds[config.prediction_type]
@@ -80,10 +84,13 @@ def test_schedule_and_kind_are_the_checkpoints(case: tuple[Family, Path]):
 
 def test_resolution_and_latent_shape(case: tuple[Family, Path]):
     family, folder = case
-    model, unet = opened(folder), stock(folder).unet.config
-    factor = 8 if family.latent else 1
-    assert model.resolution == unet.sample_size * factor
-    assert model.latent_shape == (unet.in_channels, unet.sample_size, unet.sample_size)
+    model, pipeline = opened(folder), stock(folder)
+    if family.latent:
+        assert model.resolution == 32
+        assert model.latent_shape == (pipeline.vae.config.latent_channels, 4, 4)
+    else:
+        assert model.resolution == 16
+        assert model.latent_shape == (pipeline.unet.config.in_channels, 16, 16)
     assert model.name == str(folder)
 
 
@@ -97,10 +104,12 @@ def test_images_become_latents_and_latents_images(case: tuple[Family, Path]):
     assert not mean.requires_grad
     if family.latent:
         vae = stock(folder).vae
+        shift = vae.config.shift_factor or 0.0
+        assert (shift != 0.0) == family.flow
         with torch.no_grad():
             distribution = vae.encode(pixels).latent_dist
-            images = vae.decode(mean / vae.config.scaling_factor).sample
-        torch.testing.assert_close(mean, distribution.mean * vae.config.scaling_factor, **EXACT)
+            images = vae.decode(mean / vae.config.scaling_factor + shift).sample
+        torch.testing.assert_close(mean, (distribution.mean - shift) * vae.config.scaling_factor, **EXACT)
         torch.testing.assert_close(std, distribution.std * vae.config.scaling_factor, **EXACT)
     else:
         grey = (pixels * torch.tensor(LUMA)[:, None, None]).sum(1, keepdim=True)
@@ -117,19 +126,21 @@ def test_images_become_latents_and_latents_images(case: tuple[Family, Path]):
 @pytest.mark.parametrize("name", LATENT)
 def test_prompts_are_encoded_as_the_pipeline_does_and_cut_at_its_length(folders: dict[str, Path], name: str):
     model, pipeline = opened(folders[name]), stock(folders[name])
-    prompts = ["a red circle", "x" * 100, ""]
+    prompts = ["a red circle", "x" * 600, ""]
     ours = model.encode_prompts(prompts)
-    theirs = pipeline.encode_prompt(prompts, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True)
-    keys = ["prompt_embeds"] if name not in SDXL else ["prompt_embeds", "pooled_prompt_embeds"]
-    assert list(ours) == keys
+    theirs, without = encoded(pipeline, prompts)
+    assert list(ours) == list(theirs)
     extra = torch.arange(3)
     uncond = model.uncond({**ours, "time_ids": extra})
-    assert uncond["time_ids"] is extra
-    for key, prompted, empty in zip(keys, theirs[::2], theirs[1::2], strict=True):
-        assert ours[key].dtype == torch.float32
-        torch.testing.assert_close(ours[key], prompted, **EXACT)
-        torch.testing.assert_close(uncond[key], empty, rtol=0, atol=1e-6)
-        assert not torch.equal(ours[key][0], ours[key][1])
+    if FAMILIES[name].told:
+        assert uncond == without == {}
+    else:
+        assert uncond.pop("time_ids") is extra
+        torch.testing.assert_close(uncond, without, rtol=0, atol=1e-6)
+    for key, value in ours.items():
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value, theirs[key], **EXACT)
+        assert not torch.equal(value[0], value[1])
 
 
 def test_no_prompt_is_zeros_only_where_the_checkpoint_says_so(folders: dict[str, Path]):
@@ -167,7 +178,7 @@ def test_pipeline_shares_the_weights_and_gives_what_stock_gives(case: tuple[Fami
     model = opened(folder)
     pipeline: Any = model.pipeline()
     assert type(pipeline) is type(stock(folder))
-    assert pipeline.unet is model.denoiser.module
+    assert network(pipeline) is model.denoiser.module
     assert pipeline.scheduler.config == stock(folder).scheduler.config
     assert pipeline.scheduler is not model.pipeline().scheduler  # it holds the state of a run
     if family.classes:
@@ -176,7 +187,7 @@ def test_pipeline_shares_the_weights_and_gives_what_stock_gives(case: tuple[Fami
         return
     options = {"num_inference_steps": 2, "output_type": "np"}
     if family.latent:
-        options |= {"prompt": "a", "guidance_scale": 3.0}
+        options |= {"prompt": "a", "guidance_scale": 3.0, "height": 32, "width": 32}
     theirs, ours = (p(generator=torch.Generator().manual_seed(0), **options).images for p in (stock(folder), pipeline))
     assert (ours == theirs).all()
 
@@ -253,17 +264,19 @@ def test_a_full_student_starts_as_its_teacher(case: tuple[Family, Path], embed: 
     model = opened(folder)
     given = inputs(model, family)
     student = model.denoiser.student(StudentConfig(kind="full"), embed_guidance=embed)
-    assert student.takes_guidance == (embed and family.latent)
+    given_input = embed and family.latent and not family.flow
+    assert student.takes_guidance == (given_input or family.told)
     assert {p.data_ptr() for p in student.module.parameters()}.isdisjoint(
         p.data_ptr() for p in model.denoiser.module.parameters()
     )
     before = look(model.denoiser, given)
     for guidance in ([1.0, 1.0], [2.5, 8.0], [7.5, 100.0]) if student.takes_guidance else ([0.0, 0.0],):
         told = {"guidance": torch.tensor(guidance, dtype=torch.float64)} if student.takes_guidance else {}
+        before = look(model.denoiser, given, **told) if family.told else before
         torch.testing.assert_close(look(student, given, **told), before, **EXACT)
     assert len(student.trainable()) == len(list(student.module.parameters()))
-    assert not model.denoiser.takes_guidance
-    if student.takes_guidance:  # its input trains although it starts at zero
+    assert model.denoiser.takes_guidance == family.told
+    if given_input:  # its input trains although it starts at zero
         student.output(*given[:2], {**given[2], "guidance": torch.tensor([4.0, 8.0])}).sum().backward()
         assert student.module.time_embedding.cond_proj.weight.grad.abs().sum() > 0
 
@@ -283,7 +296,10 @@ def test_a_method_trains_a_student_of_it(case: tuple[Family, Path], kind: Any):
     assert all(torch.isfinite(p.grad).all() for p in student.trainable() if p.grad is not None)
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in student.trainable())
     by_teacher = seen if kind == "full" else seen[1:2]  # student, teacher, target of one step
-    assert [len(call["sample"]) for call in by_teacher] == [4 if family.latent else 2]
+    assert [len(call["sample"]) for call in by_teacher] == [2 * family.rows]
+    if family.told:  # each its own w, which the student is told too
+        assert all(torch.equal(call["guidance"], seen[0]["guidance"]) for call in seen)
+        assert len(set(seen[0]["guidance"].tolist())) == 2
 
 
 def test_a_frozen_copy_stays_when_the_network_changes(case: tuple[Family, Path]):
@@ -304,7 +320,7 @@ def test_a_frozen_copy_stays_when_the_network_changes(case: tuple[Family, Path])
 def test_tap_points_are_features_of_the_network(case: tuple[Family, Path]):
     family, folder = case
     model = opened(folder)
-    assert len(model.denoiser.tap_points) >= 4
+    assert len(model.denoiser.tap_points) >= (2 if family.flow else 4)
     with model.denoiser.taps(model.denoiser.tap_points) as features:
         look(model.denoiser, inputs(model, family))
     assert set(features) == set(model.denoiser.tap_points)
@@ -335,22 +351,21 @@ def test_half_precision_is_the_networks_alone(case: tuple[Family, Path]):
     assert model.denoiser.dtype == torch.bfloat16
     x_t, t, cond = inputs(model, family)
     assert all(value.dtype in (torch.float32, torch.int64) for value in cond.values())
-    seen: list[Any] = []
-    hook = lambda _, args, kwargs: seen.append((args, kwargs))  # noqa: E731
-    model.denoiser.module.register_forward_pre_hook(hook, with_kwargs=True)
-    with torch.no_grad():
+    with calls(model.denoiser.module) as seen, torch.no_grad():
         prediction = model.denoiser(x_t, t, cond)
-    (sample, timestep), kwargs = seen[0]
-    assert (sample.dtype, timestep.dtype, timestep.tolist()) == (torch.bfloat16, torch.float32, [999.0, 401.0])
+    given = seen[0]
+    assert (given["sample"].dtype, given["timestep"].dtype) == (torch.bfloat16, torch.float32)
+    times = torch.tensor([1000.0, 402.0]) / family.thousands if family.flow else torch.tensor([999.0, 401.0])
+    torch.testing.assert_close(given["timestep"], times, rtol=1e-7, atol=0)
     assert prediction.x0.dtype == torch.float32
     assert torch.isfinite(prediction.x0).all()
     if family.latent:
-        assert kwargs["encoder_hidden_states"].dtype == torch.bfloat16
+        assert given["encoder_hidden_states"].dtype == torch.bfloat16
         assert {p.dtype for p in model.vae.parameters()} == {torch.float32}
         torch.testing.assert_close(model.vae.state_dict(), opened(folder).vae.state_dict(), **EXACT)
         assert {p.dtype for m in model.modules[2:] for p in m.parameters()} == {torch.bfloat16}
-    if added := kwargs.get("added_cond_kwargs"):
-        assert (added["text_embeds"].dtype, added["time_ids"].dtype) == (torch.bfloat16, torch.float32)
+    if "time_ids" in given:
+        assert (given["text_embeds"].dtype, given["time_ids"].dtype) == (torch.bfloat16, torch.float32)
     student = model.denoiser.full_student()
     assert student.dtype == torch.float32
     assert look(student, (x_t, t, cond)).dtype == torch.float32

@@ -230,8 +230,8 @@ def test_corrupted_model_index(copy: Path, text: str):
 
 
 def test_an_unknown_pipeline_class_is_told_what_is_supported(copy: Path):
-    edit(copy / "model_index.json", _class_name="FluxPipeline")
-    with pytest.raises(InputError, match="expected a pipeline of class .*, got FluxPipeline") as caught:
+    edit(copy / "model_index.json", _class_name="SanaPipeline")
+    with pytest.raises(InputError, match="expected a pipeline of class .*, got SanaPipeline") as caught:
         opened(copy)
     assert all(name in str(caught.value) for name in TABLE)
 
