@@ -7,7 +7,7 @@ those belong to `training.Trainer`, which asks a method for its phases and, in e
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,11 +47,13 @@ class Phase:
         trains: the roles (keys of :meth:`Method.networks`) that this phase updates; all others are frozen in it.
         loss: batch -> Losses.
         every: the phase runs on steps that are a multiple of this.
+        rate: its learning rate as a factor on the run's.
     """
 
     trains: tuple[str, ...]
     loss: Callable[[Batch], Losses]
     every: int = 1
+    rate: float = 1.0
 
 
 class Method(ABC):
@@ -81,6 +83,13 @@ class Method(ABC):
 
     def after_step(self) -> None:
         """Called once after all phases of a step: target EMA, curricula. Not after a step of which a phase was skipped."""
+
+    def watch(self, means: Mapping[str, float]) -> str:
+        """Looks at a step's means over the global batch, before :meth:`after_step`; what it returns is said as a warning.
+
+        "" for nothing to say. Values of a phase that was skipped may be NaN.
+        """
+        return ""
 
     def next_round(self) -> bool:
         """Called at the end of each round; True if there is another (the optimizer is then made afresh).

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from adversaries import Prompted, game
 from ladders import ladder
 from torch import nn
 from toys import Duel, Numbers, Regression, Uneven, options, sd_table, stopping_after
@@ -269,6 +270,12 @@ def climb_in(folder: Path, kind: str) -> None:
     fit_in(folder / f"ladder-{kind}", ladder(kind), ema_decay=0.9, adam_epsilon=1e-3, max_train_steps=3)
 
 
+def play_in(folder: Path, kind: str) -> None:
+    """An adversarial game: two trained roles, one with buffers; with a LoRA the judge looks through the student's own base."""
+    method = game(kind, warmup_steps=2, r1_every=2, guard_every=2, approximate_r1=1.0)
+    fit_in(folder / f"ladd-{kind}", method, Prompted(), ema_decay=0.9, adam_epsilon=1e-3)
+
+
 def ranks(folder: Path) -> None:
     """All that 1 and 2 processes must agree on; writes how the broken and the stopped run ended, by rank."""
     fit_in(folder / "regression", Regression(), ema_decay=0.9)
@@ -277,6 +284,7 @@ def ranks(folder: Path) -> None:
     fit_in(folder / "lcm", linear_lcm())
     fit_in(folder / "shared", Shared())
     climb_in(folder, "full")
+    play_in(folder, "full")
     steps = 3 if "WORLD_SIZE" in os.environ else 6  # several processes begin it, one goes on
     fit_in(folder / "moved", Regression(), ema_decay=0.9, max_train_steps=steps)
     ends = {}
@@ -308,6 +316,7 @@ def ranks_stable_diffusion(folder: Path) -> None:
     # with its default epsilon Adam would make a whole step of a gradient that is nothing but rounding
     fit_in(folder / "lcm", method, data, learning_rate=1e-3, adam_epsilon=1e-2)
     climb_in(folder, "lora")
+    play_in(folder, "lora")
 
 
 def prepare(folder: Path) -> None:

@@ -24,6 +24,13 @@ def from_grid(u: Tensor, grid: Tensor) -> Tensor:
     return grid.double()[index]
 
 
+def choice(u: Tensor, probabilities: Tensor) -> Tensor:
+    """For each u in [0, 1) an index, drawn with `probabilities` [N] (of any sum); [B] int64, never one of probability 0."""
+    edges = probabilities.double().cumsum(0)
+    index = torch.searchsorted(edges, u.double() * edges[-1], right=True)
+    return index.clamp(max=int(probabilities.nonzero()[-1]))  # where u times the sum was rounded up to it
+
+
 def trainable(t: Tensor, schedule: NoiseSchedule) -> Tensor:
     """t in [0, 1) moved to times that a network trains at: a table's levels, each as likely; elsewhere at least 1e-5."""
     if isinstance(schedule, Tabulated):

@@ -6,6 +6,7 @@ continues to the same bits, and micro-batches or processes only decide who compu
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +25,7 @@ from ..randomness import derived_seed
 from .batches import Batches
 from .checkpoint import CheckpointStore
 from .folder import check_space, on_main
-from .optimization import NonFinite, Role, Sums, lr_factor
+from .optimization import SMALLEST_SCALE, NonFinite, Role, Sums, lr_factor
 from .parallel import no_sync, sharing
 from .snapshot import restore, room, snapshot
 from .trackers import MetricsLog, Progress, Trackers
@@ -32,8 +33,7 @@ from .trackers import MetricsLog, Progress, Trackers
 if TYPE_CHECKING:
     from .trainer import Trainer
 
-
-SMALLEST_SCALE = 1e-4  # of fp16's loss scaler; gradients that overflow below it are broken, not large
+log = logging.getLogger(__name__)
 
 
 class Fit:
@@ -191,6 +191,8 @@ class Fit:
                 if len(phases) > 1:
                     row[f"loss/{'+'.join(phase.trains)}"] = means["loss"]
                 row.update(means)
+        if (warning := method.watch(row)) and trainer.is_main:
+            log.warning("step %d: %s", trainer.step + 1, warning)
         if not self.nonfinite.end_step():
             with torch.no_grad():
                 method.after_step()
@@ -220,7 +222,7 @@ class Fit:
             # DDP averaged over processes: a true mean over the global batch needs world size / total count
             scale = self.accelerator.num_processes / count
             norms = {role: self.roles[role].clip(scale) for role in phase.trains}
-            self._step(norms, phase, lr)
+            self._step(norms, phase, lr * phase.rate)
         for role, norm in norms.items():
             means["grad_norm" if len(self.roles) == 1 else f"grad_norm/{role}"] = norm
         return means

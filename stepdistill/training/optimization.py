@@ -18,6 +18,8 @@ from .parallel import assembled, share
 
 log = logging.getLogger(__name__)
 
+SMALLEST_SCALE = 1e-4  # of fp16's loss scaler; gradients that overflow below it are broken, not large
+
 
 class NonFiniteError(RuntimeError):
     """A loss or gradient norm became NaN or infinite; the weights are those of before the step."""

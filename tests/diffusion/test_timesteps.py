@@ -3,7 +3,7 @@ import torch
 from torch.testing import assert_close
 
 from stepdistill.diffusion.schedule import Flow, Tabulated
-from stepdistill.diffusion.timesteps import from_grid, logit_normal, shift, trainable, uniform
+from stepdistill.diffusion.timesteps import choice, from_grid, logit_normal, shift, trainable, uniform
 
 U = torch.linspace(0, 1, 10_001, dtype=torch.float64)[:-1]
 
@@ -33,6 +33,14 @@ def test_every_grid_entry_is_equally_likely() -> None:
         == grid.double()[[0, 3]].tolist()
     )
     assert_close(from_grid(torch.ones(1), grid).item(), grid.double()[3].item())  # a rounded-up float32 number
+
+
+def test_a_choice_has_the_probabilities_it_is_given() -> None:
+    counts = choice(U, torch.tensor([0, 0.125, 0, 0.625, 0.25, 0])).bincount(minlength=6)
+    assert counts.tolist() == [0, 1250, 0, 6250, 2500, 0]
+    assert choice(U, torch.tensor([3.0, 1.0])).bincount().tolist() == [7500, 2500]  # of any sum
+    ends = torch.tensor([0.0, 1.0])  # a rounded-up float32 number
+    assert choice(ends, torch.tensor([0.0, 0.5, 0.5, 0.0])).tolist() == [1, 2]
 
 
 def test_shift_is_that_of_diffusers() -> None:

@@ -1,0 +1,265 @@
+"""Latent adversarial diffusion distillation (LADD, arXiv 2403.12015): a few-step student against a judge inside its teacher.
+
+The student's samples and real (or the teacher's own) latents are noised alike, and the frozen teacher looks at both; heads on
+its attention blocks learn to tell them apart, and the student learns to be taken for real. There is no other loss, unless a
+distillation term (arXiv 2311.17042) is asked for.
+
+Each step has two phases, the discriminator's and then the student's. They share the step's draws through `Batch.memo`, so both
+see the same sample; it is computed once without and once with a graph. One computation for both would have to come before
+either steps: simultaneous steps, which circle where alternating ones settle (arXiv 1807.04740, section 4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from ..batch import Batch, Cond
+from ..config import CommaList
+from ..diffusion.losses import GanLoss, approximate_r1, r1
+from ..diffusion.timesteps import logit_normal, trainable
+from ..errors import InputError
+from ..method import Losses, Method, Phase
+from ..networks.denoiser import Denoiser
+from ..networks.discriminator import DenoiserFeatures
+from ..networks.network import Network, parameter_bytes
+from .adversarial import CollapseGuard, StudentTimes, deception, distillation, diversity, judgement, numbers, over_heads
+
+
+@dataclass
+class LADDConfig:
+    """Latent adversarial diffusion distillation.
+
+    Attributes:
+        times: of the student, which are also the times that it is sampled at, decreasing; a lower first time is for eps models.
+        probabilities: of each of them.
+        warmup_probabilities: the same while the student warms up.
+        warmup_steps: optimizer steps of that.
+        noise_mean: m of the noise level at which the discriminator looks, sigmoid(m + s z) with z ~ N(0, 1).
+        noise_std: s of the same.
+        loss_type: hinge or non_saturating.
+        taps: the teacher's modules that get a head, comma separated; by default all attention blocks.
+        head_width: channels within a head.
+        discriminator_rate: its learning rate as a factor on the student's.
+        r1_gamma: R1, gamma / 2 of the squared gradient on the heads' inputs at real latents; 0 means none.
+        approximate_r1: weight of approximate R1, for a look of the teacher more; 0 means none.
+        approximate_r1_sigma: noise on the teacher's input in it.
+        r1_every: both penalties on every so many steps, multiplied by that number.
+        distillation: weight of the distance to what the teacher makes of the student's noised sample; 0 means none.
+        w: guidance of the teacher in that term (Diffusers' guidance_scale is w + 1).
+        guard_every: two samples of each prompt are compared every so many steps, to notice a collapse; 0 means never.
+    """
+
+    times: CommaList = CommaList(("1", "0.75", "0.5", "0.25"))  # noqa: RUF009  # immutable
+    probabilities: CommaList = CommaList(("0.7", "0.1", "0.1", "0.1"))  # noqa: RUF009
+    warmup_probabilities: CommaList = CommaList(("0", "0", "0.5", "0.5"))  # noqa: RUF009
+    warmup_steps: int = 500
+    noise_mean: float = 1.0
+    noise_std: float = 1.0
+    loss_type: GanLoss = "hinge"
+    taps: CommaList | None = None
+    head_width: int = 64
+    discriminator_rate: float = 1.0
+    r1_gamma: float = 0.1
+    approximate_r1: float = 0.0
+    approximate_r1_sigma: float = 0.01
+    r1_every: int = 1
+    distillation: float = 0.0
+    w: float = 0.0
+    guard_every: int = 50
+
+    def __post_init__(self) -> None:
+        self.student_times()
+        if self.loss_type not in get_args(GanLoss):
+            raise InputError(
+                f"expected loss_type in {get_args(GanLoss)}, got {self.loss_type!r}; fix --method.loss_type"
+            )
+        for name in ("head_width", "r1_every"):
+            if (value := vars(self)[name]) < 1:
+                raise InputError(f"expected {name} >= 1, got {value}; fix --method.{name}")
+        for name in (
+            "r1_gamma",
+            "approximate_r1",
+            "approximate_r1_sigma",
+            "distillation",
+            "w",
+            "noise_std",
+            "guard_every",
+        ):
+            if not 0 <= (value := vars(self)[name]) < float("inf"):
+                raise InputError(f"expected {name} >= 0, got {value}; fix --method.{name}")
+        if not self.discriminator_rate > 0:
+            raise InputError(
+                f"expected discriminator_rate > 0, got {self.discriminator_rate}; fix --method.discriminator_rate"
+            )
+
+    def student_times(self) -> StudentTimes:
+        """The student's times with their probabilities. InputError for impossible ones."""
+        return StudentTimes(
+            numbers(self.times, "times"),
+            numbers(self.probabilities, "probabilities"),
+            numbers(self.warmup_probabilities, "warmup_probabilities"),
+            self.warmup_steps,
+        )
+
+
+@dataclass(frozen=True)
+class Look:
+    """What both phases of a step share: the student's input at its time, and the noise that the discriminator looks through."""
+
+    t: Tensor
+    x_t: Tensor
+    level: Tensor
+    eps: Tensor
+    condition: Tensor
+
+
+class LADD(Method):
+    """Distils `teacher` into a student of few steps by a discriminator on the teacher's features.
+
+    Data are latents with their prompts: real, or made by the teacher with constant guidance (as in the paper), which the
+    student then has in its weights.
+
+    Args:
+        config: the constants.
+        student: a LoRA or a full network that starts as the teacher.
+        teacher: the frozen denoiser. Gradients pass through it. Where the student is an adapter on it and activations are
+            recomputed in backward, a copy of its weights looks in its place: the recomputation would find the adapter on.
+        shape: of a latent.
+        cond: of some sample, to size the heads.
+        seed: of the heads' first weights.
+
+    Raises InputError for taps that don't exist, for eps prediction at a first time of nearly pure noise, and for times between
+    the levels of the teacher's table.
+    """
+
+    def __init__(
+        self,
+        config: LADDConfig,
+        student: Denoiser,
+        teacher: Denoiser,
+        shape: Sequence[int],
+        cond: Cond,
+        seed: int = 0,
+    ) -> None:
+        self.config, self.student, self.schedule = config, student, student.schedule
+        self.times = config.student_times()
+        self.times.check(student)
+        self.teacher, self.note = looking_on(teacher, student)
+        self.features = DenoiserFeatures(self.teacher, config.taps)
+        self.discriminator = self.features.discriminator(shape, cond, config.head_width, seed)
+        self.guard, self.taken = CollapseGuard(), 0
+
+    def networks(self) -> dict[str, Network]:
+        return {"student": self.student, "discriminator": self.discriminator}
+
+    def phases(self) -> tuple[Phase, ...]:
+        return (
+            Phase(("discriminator",), self.discriminate, rate=self.config.discriminator_rate),
+            Phase(("student",), self.deceive),
+        )
+
+    def look(self, batch: Batch) -> Look:
+        """The draws of this step, made by the phase that comes first."""
+        if "look" not in batch.memo:
+            x0, rng, config = batch.data(), batch.rng, self.config
+            noise, eps = (rng.normal(stream, x0.shape[1:], x0.dtype) for stream in ("noise", "discriminator noise"))
+            t, x_t = self.times.start(self.schedule, x0, noise, self.times.index(rng.uniform("time"), self.taken))
+            z = rng.normal("discriminator time", dtype=torch.float64).cpu()
+            level = trainable(logit_normal(z, config.noise_mean, config.noise_std), self.schedule)
+            batch.memo["look"] = Look(t, x_t, level, eps, self.features.condition(level, batch.cond))
+        found: Look = batch.memo["look"]
+        return found
+
+    def discriminate(self, batch: Batch) -> Losses:
+        """The discriminator's loss: real and made samples through the same noise at the same level."""
+        look, config = self.look(batch), self.config
+        with torch.no_grad():
+            fake = self.student(look.x_t, look.t, batch.cond).x0
+            x_real, x_fake = (self.schedule.add_noise(x, look.eps, look.level) for x in (batch.data(), fake))
+            real, made = (self.features(x, look.level, batch.cond) for x in (x_real, x_fake))
+        penalised = self.taken % config.r1_every == 0
+        if penalised and config.r1_gamma:
+            real = [feature.float().requires_grad_(True) for feature in real]
+        logits = self.discriminator(real, look.condition)
+        loss, metrics = judgement(config.loss_type, logits, self.discriminator(made, look.condition))
+        terms = {"real_or_made": loss}
+        if penalised and config.r1_gamma:
+            metrics["r1"] = over_heads([r1(*pair) for pair in zip(logits, real, strict=True)])
+            terms["r1_penalty"] = config.r1_every * config.r1_gamma / 2 * metrics["r1"]
+        if penalised and config.approximate_r1:
+            metrics["approximate_r1"] = self._approximate_r1(batch, x_real, logits)
+            terms["approximate_r1_penalty"] = config.r1_every * config.approximate_r1 * metrics["approximate_r1"]
+        if config.guard_every and self.taken % config.guard_every == 0:
+            metrics["diversity"] = self._diversity(batch)
+        return Losses(terms, metrics, count=len(batch))
+
+    def _approximate_r1(self, batch: Batch, x_real: Tensor, logits: Sequence[Tensor]) -> Tensor:
+        """On the very input of the teacher that gave `logits`, and at the same level."""
+        look = self.look(batch)
+        with torch.no_grad():
+            n = batch.rng.normal("perturbation", x_real.shape[1:], x_real.dtype)
+            near = self.features(x_real + self.config.approximate_r1_sigma * n, look.level, batch.cond)
+        pairs = zip(logits, self.discriminator(near, look.condition), strict=True)
+        return over_heads([approximate_r1(*pair) for pair in pairs])
+
+    @torch.no_grad()
+    def _diversity(self, batch: Batch) -> Tensor:
+        """Of two samples of each prompt, made in one step."""
+        x0 = batch.data()
+        first = self.times.grid[:1].expand(len(batch))
+        noises = [batch.rng.normal(f"guard {i}", x0.shape[1:], x0.dtype) for i in (0, 1)]
+        one, other = (self.student(noise, first, batch.cond).x0 for noise in noises)
+        return diversity(one, other, x0)
+
+    def deceive(self, batch: Batch) -> Losses:
+        """The student's loss; its gradient comes back through the frozen teacher, to the noised sample."""
+        look, config = self.look(batch), self.config
+        fake = self.student(look.x_t, look.t, batch.cond).x0
+        made = self.features(self.schedule.add_noise(fake, look.eps, look.level), look.level, batch.cond)
+        terms = {"adversarial": deception(config.loss_type, self.discriminator(made, look.condition))}
+        if config.distillation:
+            given = (fake, look.level, look.eps, batch.cond, batch.uncond, config.w)
+            terms["distillation"] = config.distillation * distillation(self.teacher, *given).mean()
+        return Losses(terms, count=len(batch))
+
+    def after_step(self) -> None:
+        self.discriminator.advance()
+        self.taken += 1
+
+    def watch(self, means: Mapping[str, float]) -> str:
+        warmed_up = self.taken >= self.times.warmup_steps
+        found = [self.note, self.guard.look(means.get("accuracy"), means.get("diversity") if warmed_up else None)]
+        self.note = ""
+        return "; ".join(words for words in found if words)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"taken": self.taken, "guard": self.guard.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.taken = state["taken"]
+        self.guard.load_state_dict(state["guard"])
+
+
+def looking_on(teacher: Denoiser, student: Denoiser) -> tuple[Denoiser, str]:
+    """(the frozen network that gradients of the student pass through, what to say about it).
+
+    The teacher, or a copy of its bare weights where the student is an adapter on them and activations are recomputed: in
+    backward the recomputation of the teacher's part would find the student's adapter on.
+    """
+    if not student.recomputes:
+        return teacher, ""
+    if student.adapters is None or student.module is not teacher.module:
+        teacher.checkpoint_activations()
+        return teacher, ""
+    twin = teacher.bare_copy()
+    twin.checkpoint_activations()
+    size = parameter_bytes(twin.module) / 1e9
+    return twin, (
+        f"gradient checkpointing with a LoRA student: the discriminator looks through a copy of the teacher's weights "
+        f"({size:.2g} GB more), since recomputing them on the student's base would find its adapter on"
+    )
