@@ -1,4 +1,4 @@
-"""LCM-LoRA and progressive distillation as one writes them for a single v-predicting UNet with a table of 1000 levels.
+"""LCM-LoRA, progressive distillation and LADD as one writes them for a single v-predicting UNet with a table of 1000 levels.
 
 PyTorch alone, nothing logged, saved or resumable: what the trainer's step is compared with. The `loss` of each loop is the
 method's own to the last digits.
@@ -6,13 +6,15 @@ method's own to the last digits.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from stepdistill.methods.ladd import LADD
 from stepdistill.methods.lcm import LCM
 from stepdistill.methods.progressive import Progressive
 
@@ -28,9 +30,10 @@ class ByHand(ABC):
     """
 
     def __init__(
-        self, method: LCM | Progressive, data: tuple[Tensor, Tensor, Tensor], empty: Tensor, batch: int
+        self, method: LCM | Progressive | LADD, data: tuple[Tensor, Tensor, Tensor], empty: Tensor, batch: int
     ) -> None:
-        self.parameters, self.data, self.empty, self.batch = method.student.trainable(), data, empty, batch
+        self.trained = {name: network.trainable() for name, network in method.networks().items() if network.trainable()}
+        self.data, self.empty, self.batch = data, empty, batch
 
     def factors(self, *values: Tensor) -> list[Tensor]:
         """[N] -> [N, 1, 1, 1] in float32, where the networks compute."""
@@ -49,23 +52,27 @@ class ByHand(ABC):
         return v + w * (v - without)
 
     @abstractmethod
-    def drawn(self, x0: Tensor, embeds: Tensor) -> Tensor:
-        """The loss, with times and noise of PyTorch's own generator."""
+    def drawn(self, x0: Tensor, embeds: Tensor) -> tuple[Tensor, ...]:
+        """What the losses are of: x0, times and noise of PyTorch's own generator, embeds last."""
+
+    @abstractmethod
+    def losses(self, *given: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """(role, what its parameters minimise); each makes its step before the next is asked for."""
 
     def steps(self, clock: Callable[[], float]) -> Iterator[float]:
         """Makes a step each time it is asked for one, with AdamW and clipping; what `clock` says that it took."""
-        optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, weight_decay=1e-2)
+        optimizers = {name: torch.optim.AdamW(of, lr=1e-4, weight_decay=1e-2) for name, of in self.trained.items()}
         while True:
             for chosen in torch.randperm(len(self.data[0])).split(self.batch):
                 began = clock()
                 with torch.enable_grad():
                     mean, std, embeds = (values[chosen].to(self.empty.device) for values in self.data)
-                    loss = self.drawn(mean + std * torch.randn_like(mean), embeds)
-                    loss.backward()
-                    torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-                    optimizer.step()
-                    optimizer.zero_grad()
-                    loss.item()  # nobody trains without a look at it
+                    for role, loss in self.losses(*self.drawn(mean + std * torch.randn_like(mean), embeds)):
+                        loss.backward()
+                        torch.nn.utils.clip_grad_norm_(self.trained[role], 1.0)
+                        optimizers[role].step()
+                        optimizers[role].zero_grad()
+                        loss.item()  # nobody trains without a look at it
                 yield clock() - began
 
 
@@ -96,11 +103,14 @@ class LCMByHand(ByHand):
             target = self.jump(self.alpha[k + 1] * x0_hat + self.sigma[k + 1] * eps, k + 1, embeds)
         return (((jump - target) ** 2 + self.config.huber_c**2).sqrt() - self.config.huber_c).mean()
 
-    def drawn(self, x0: Tensor, embeds: Tensor) -> Tensor:
+    def losses(self, *given: Tensor) -> Iterator[tuple[str, Tensor]]:
+        yield "student", self.loss(*given)
+
+    def drawn(self, x0: Tensor, embeds: Tensor) -> tuple[Tensor, ...]:
         low, high = self.config.w_min, self.config.w_max
         k = torch.randint(0, len(self.index) - 1, (len(x0),))
         w = low + (high - low) * torch.rand(len(x0), 1, 1, 1, device=x0.device)
-        return self.loss(x0, torch.randn_like(x0), k, w, embeds)
+        return x0, torch.randn_like(x0), k, w, embeds
 
 
 class ProgressiveByHand(ByHand):
@@ -142,5 +152,70 @@ class ProgressiveByHand(ByHand):
         error = (self.alpha[n] * x_t - self.sigma[n] * v - wanted).square().mean((1, 2, 3))
         return (self.weight[i] * error).mean()
 
-    def drawn(self, x0: Tensor, embeds: Tensor) -> Tensor:
-        return self.loss(x0, torch.randn_like(x0), torch.randint(0, self.rung, (len(x0),)), embeds)
+    def losses(self, *given: Tensor) -> Iterator[tuple[str, Tensor]]:
+        yield "student", self.loss(*given)
+
+    def drawn(self, x0: Tensor, embeds: Tensor) -> tuple[Tensor, ...]:
+        return x0, torch.randn_like(x0), torch.randint(0, self.rung, (len(x0),)), embeds
+
+
+class LADDByHand(ByHand):
+    """Of LADD with the method's default constants: hinge, R1 on every step. Without the guard, which looks once in 50 steps."""
+
+    def __init__(self, method: LADD, data: tuple[Tensor, Tensor, Tensor], empty: Tensor, batch: int) -> None:
+        super().__init__(method, data, empty, batch)
+        self.method, self.config, self.heads = method, method.config, method.discriminator.module
+        grid = torch.arange(1, 1001, dtype=torch.float64) / 1000
+        self.alpha, self.sigma = self.factors(method.schedule.alpha(grid), method.schedule.sigma(grid))
+        self.times = (1000 * method.times.grid).long() - 1
+        self.chances = torch.tensor(method.times.warmup_probabilities, dtype=torch.float64)
+        rates = torch.exp(-math.log(10_000.0) * torch.arange(32, dtype=torch.float64) / 32)
+        self.known = torch.cat([(1000 * grid[:, None] * rates).sin(), (1000 * grid[:, None] * rates).cos()], 1).float()
+        self.kept: dict[str, Tensor] = {}
+        for name, module in method.teacher.module.named_modules():
+            if name in method.features.names:
+                module.register_forward_hook(lambda _, __, output, name=name: self.kept.update({name: output}))
+
+    def made(self, x_t: Tensor, index: Tensor, embeds: Tensor) -> Tensor:
+        """The student's x0."""
+        v = self.output(self.method.student, x_t, index.to(x_t.device), embeds)
+        return self.alpha[index] * x_t - self.sigma[index] * v
+
+    def maps(self, x: Tensor, eps: Tensor, level: Tensor, embeds: Tensor) -> list[Tensor]:
+        """The teacher's features of noised samples."""
+        noised = self.alpha[level] * x + self.sigma[level] * eps
+        self.output(self.method.teacher, noised, level.to(x.device), embeds)
+        tokens = [self.kept[name].transpose(1, 2) for name in self.method.features.names]
+        return [t.unflatten(2, (math.isqrt(t.shape[2]),) * 2) for t in tokens]
+
+    def condition(self, level: Tensor, embeds: Tensor) -> Tensor:
+        """What the heads are told."""
+        pooled = nn.functional.layer_norm(embeds.mean(1), embeds.shape[2:])
+        return torch.cat([self.known[level].to(embeds.device), pooled], 1)
+
+    def losses(self, *given: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Of x0, x_t, index of its level, eps and level of what the heads see, embeds."""
+        x0, x_t, index, eps, level, embeds = given
+        condition = self.condition(level, embeds)
+        with torch.no_grad():
+            both = torch.cat([x0, self.made(x_t, index, embeds)])
+            maps = self.maps(both, eps.repeat(2, 1, 1, 1), level.repeat(2), embeds.repeat(2, 1, 1))
+        real = [part[: len(x0)].detach().requires_grad_(True) for part in maps]
+        self.heads.requires_grad_(True)
+        right, wrong = self.heads(real, condition), self.heads([part[len(x0) :] for part in maps], condition)
+        hinge = [(1 - r).relu().mean() + (1 + w).relu().mean() for r, w in zip(right, wrong, strict=True)]
+        slopes = [torch.autograd.grad(r.sum(), f, create_graph=True)[0].square().sum((1, 2, 3)).mean() / r.shape[1]
+                  for r, f in zip(right, real, strict=True)]  # fmt: skip
+        yield "discriminator", torch.stack(hinge).mean() + self.config.r1_gamma / 2 * torch.stack(slopes).mean()
+        self.heads.requires_grad_(False)
+        logits = self.heads(self.maps(self.made(x_t, index, embeds), eps, level, embeds), condition)
+        yield "student", -torch.stack([part.mean() for part in logits]).mean()
+        self.method.discriminator.advance()
+
+    def drawn(self, x0: Tensor, embeds: Tensor) -> tuple[Tensor, ...]:
+        which = torch.multinomial(self.chances, len(x0), replacement=True)
+        index, noise = self.times[which], torch.randn_like(x0)
+        noised = self.alpha[index] * x0 + self.sigma[index] * noise
+        x_t = torch.where((which == 0).reshape(-1, 1, 1, 1).to(x0.device), noise, noised)
+        z = self.config.noise_mean + self.config.noise_std * torch.randn(len(x0))
+        return x0, x_t, index, torch.randn_like(x0), (1000 * z.sigmoid()).long().clamp(max=999), embeds

@@ -2,8 +2,9 @@
 
 Three comparisons on LCM-LoRA, all as ratios: the trainer against a loop written by hand, cached latents against encoding in
 the step, one base with adapters against a teacher with weights of its own. The first of them on progressive distillation of a
-full student too. The two sides take turns step by step, in one thread, and it is CPU time that counts (on a GPU time), so that
-a busy machine slows both alike. Peak memory is measured in processes of their own. python benchmarks/step_cost.py
+full student too, and on LADD of both kinds of student, whose memory is compared as well. The two sides take turns step by
+step, in one thread, and it is CPU time that counts (on a GPU time), so that a busy machine slows both alike. Peak memory is
+measured in processes of their own. python benchmarks/step_cost.py
 """
 
 from __future__ import annotations
@@ -22,17 +23,32 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from step_setting import FIRST_RUNG, LCM_LORA, RANK, SECOND_RUNG, UNETS, Setting, load, save_pipeline
+from step_setting import (
+    FIRST_RUNG,
+    LADD_FULL,
+    LADD_LORA,
+    LCM_LORA,
+    RANK,
+    SECOND_RUNG,
+    UNETS,
+    Setting,
+    load,
+    save_pipeline,
+)
+from torch import nn
 
 from stepdistill.bench.environment import environment
 from stepdistill.bench.metrics import bootstrap_interval
 from stepdistill.config import Parsed, run
 from stepdistill.errors import InputError
+from stepdistill.networks.ema import EMA
 from stepdistill.networks.network import parameter_bytes
 
 WARMUP = 3  # steps at the start of a fit that are not counted
 FEW = 10  # an interval of fewer pairs would only be their range
 BY_HAND, ENCODING, COPIES = "trainer / loop by hand", "cached latents / encoding", "one base / two copies"
+LORA = "LADD-LoRA / full LADD"
+METHODS = ("lcm", "progressive", "ladd")
 
 
 @dataclass
@@ -53,18 +69,23 @@ class Benchmark:
     repeats: int = 3
     batch: int = 8
     seed: int = 0
-    only: Literal["lcm", "progressive"] | None = None
+    only: Literal["lcm", "progressive", "ladd"] | None = None
     output: str = str(Path(__file__).parent / "results" / "step_cost.json")
 
     def measures(self, network: str) -> bool:
         """Whether rows of this :attr:`Row.network` are asked for."""
-        return self.only is None or (self.only == "progressive") == ("progressive" in network)
+        return self.only in (None, METHODS[method_of(network)])
 
     def __post_init__(self) -> None:
         if self.steps <= WARMUP or self.repeats < 1:
             raise InputError(
                 f"expected steps > {WARMUP} and repeats >= 1, got {self.steps} and {self.repeats}; fix --steps"
             )
+
+
+def method_of(network: str) -> int:
+    """Which of `METHODS` a :attr:`Row.network` is of."""
+    return 1 if "progressive" in network else 2 if "LADD" in network else 0
 
 
 @dataclass(frozen=True)
@@ -74,7 +95,7 @@ class Row:
     Attributes:
         what: "ours / theirs".
         network: a key of `UNETS`, and what is trained where that is not LCM-LoRA.
-        quantity: "CPU time", "time", "peak memory" or "weights".
+        quantity: "CPU time", "time", "peak memory", "weights" or "weights and moments".
         ratio: the median over pairs of ours / theirs.
         interval: 95 % bootstrap interval of it; None for fewer than `FEW` pairs.
         values: medians of ours and of theirs, in seconds a step or bytes.
@@ -134,6 +155,21 @@ def weights(setting: Setting) -> Pairs:
     return [one], [one + parameter_bytes(load(setting.path).denoiser.module)]
 
 
+def held(setting: Setting) -> int:
+    """Bytes of LADD's weights, gradients, Adam's state and average, from the tensors; what networks share counts once."""
+    method, networks = setting.method, setting.method.networks()
+    modules = nn.ModuleList([method.teacher.module, *(network.module for network in networks.values())])
+    tensors = list(EMA(networks["student"], 0.99).shadow.values())
+    for network in networks.values():
+        optimizer = torch.optim.AdamW(network.trainable(), lr=0.0)
+        for parameter in network.trainable():
+            parameter.grad = torch.zeros_like(parameter)
+            tensors.append(parameter.grad)
+        optimizer.step()
+        tensors += [value for state in optimizer.state.values() for value in state.values()]
+    return parameter_bytes(modules) + sum(t.numel() * t.element_size() for t in [*tensors, *modules.buffers()])
+
+
 def peaks(other: str, path: str, options: Benchmark) -> Pairs:
     """Bytes of the trainer as it is and of the other side, `repeats` times, each in a new process."""
     os.environ["MALLOC_MMAP_THRESHOLD_"] = (
@@ -141,7 +177,7 @@ def peaks(other: str, path: str, options: Benchmark) -> Pairs:
     )
     found: tuple[list[float], list[float]] = ([], [])
     for _ in range(options.repeats):
-        for side, values in zip(("", other), found, strict=True):
+        for side, values in zip((LORA, LADD_FULL) if other == LORA else ("", other), found, strict=True):
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
                 values.append(pool.submit(peak, side, path, options).result())
     return found
@@ -154,7 +190,7 @@ def peak(side: str, path: str, options: Benchmark) -> int:
 
     torch.set_num_threads(1)
     before = high_water()
-    setting = Setting(path, options.batch, options.seed)
+    setting = Setting(path, options.batch, options.seed, {LADD_FULL: LADD_FULL, LORA: LADD_LORA}.get(side, LCM_LORA))
     if side == COPIES:
         setting.method.teacher = load(path).denoiser
     if side == BY_HAND:
@@ -189,6 +225,8 @@ def measure(options: Benchmark, paths: dict[str, str]) -> Iterator[Row]:
         (COPIES, "demo", LCM_LORA, shared_and_copied),
         (BY_HAND, "demo", FIRST_RUNG, trainer_and_by_hand),
         (BY_HAND, "demo", SECOND_RUNG, trainer_and_by_hand),
+        (BY_HAND, "demo", LADD_FULL, trainer_and_by_hand),
+        (BY_HAND, "demo", LADD_LORA, trainer_and_by_hand),
     ):
         label = network if trained == LCM_LORA else f"{network}, {trained}"
         if options.measures(label):
@@ -201,6 +239,11 @@ def measure(options: Benchmark, paths: dict[str, str]) -> Iterator[Row]:
         yield compare(COPIES, network, "weights", sizes, options.seed)
         for what in (BY_HAND, COPIES):
             yield compare(what, network, "peak memory", peaks(what, paths[network], options), options.seed)
+    for network in (name for name in ("demo", "wide") if options.measures(f"{name}, LADD")):
+        given = paths[network], options.batch, options.seed
+        sizes = [held(Setting(*given, LADD_LORA))], [held(Setting(*given, LADD_FULL))]
+        yield compare(LORA, f"{network}, LADD", "weights and moments", sizes, options.seed)
+        yield compare(LORA, f"{network}, LADD", "peak memory", peaks(LORA, paths[network], options), options.seed)
 
 
 def kept(options: Benchmark, about: dict[str, Any]) -> list[dict[str, Any]]:
@@ -236,7 +279,7 @@ def main(parsed: Parsed[Benchmark]) -> None:
         for row in measure(options, paths):
             rows.append(asdict(row))
             print(f"{row.what}, {row.network}, {row.quantity}: {row.ratio:.3f}, interval {row.interval}", flush=True)
-    rows.sort(key=lambda row: "progressive" in row["network"])
+    rows.sort(key=lambda row: method_of(row["network"]))
     Path(options.output).write_text(
         json.dumps({**about, "rows": rows}, indent=1, allow_nan=False) + "\n", encoding="utf-8"
     )

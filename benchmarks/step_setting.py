@@ -5,22 +5,22 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
-from by_hand import LCMByHand, ProgressiveByHand
+from by_hand import ByHand, LADDByHand, LCMByHand, ProgressiveByHand
 from torch import Tensor
 
 from stepdistill.batch import Batch
 from stepdistill.bench.latency import synchronise
 from stepdistill.families.config import TeacherConfig
-from stepdistill.method import Losses, Method
+from stepdistill.method import Method, Phase
+from stepdistill.methods.ladd import LADD, LADDConfig
 from stepdistill.methods.lcm import LCM, LCMConfig
 from stepdistill.methods.progressive import Progressive, ProgressiveConfig
-from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.lora import LoraSpec
 from stepdistill.networks.network import Network
 from stepdistill.randomness import StepRandom
@@ -28,8 +28,9 @@ from stepdistill.training.config import TrainConfig
 
 SAMPLES = 64
 RANK = 32
-# what is trained: an adapter, or a full student of progressive distillation in its first rung or its second
+# what is trained: an adapter, a full student of progressive distillation in its first rung or its second, or either by LADD
 LCM_LORA, FIRST_RUNG, SECOND_RUNG = "LCM-LoRA", "progressive, k = 5, guided", "progressive, k = 2"
+LADD_FULL, LADD_LORA = "LADD, full", "LADD, LoRA"
 # the demo's pipeline with another UNet: one so small that the loop shows, one so large that its weights do
 UNETS: dict[str, dict[str, Any]] = {
     "tiny": {"block_out_channels": (8, 16), "norm_num_groups": 4, "attention_head_dim": 2},
@@ -116,8 +117,11 @@ class Turns(Method):
     def networks(self) -> dict[str, Network]:
         return self.method.networks()
 
-    def training_step(self, batch: Batch) -> Losses:
-        return self.method.training_step(batch)
+    def phases(self) -> tuple[Phase, ...]:
+        return self.method.phases()
+
+    def watch(self, means: Mapping[str, float]) -> str:
+        return self.method.watch(means)
 
     def after_step(self) -> None:
         self.method.after_step()
@@ -126,12 +130,14 @@ class Turns(Method):
         self.began = clock()
 
 
-def new_method(trained: str, teacher: Denoiser, seed: int) -> LCM | Progressive:
-    """What trains a student on this teacher, with the method's default constants."""
+def new_method(trained: str, model: Any, seed: int) -> LCM | Progressive | LADD:
+    """What trains a student on this model's denoiser, with the method's default constants."""
+    teacher, spec = model.denoiser, LoraSpec(RANK, RANK, tuple(model.denoiser.lora_targets))
     if trained == LCM_LORA:
-        return LCM(
-            LCMConfig(), teacher.with_lora(LoraSpec(RANK, RANK, tuple(teacher.lora_targets)), seed=seed), teacher
-        )
+        return LCM(LCMConfig(), teacher.with_lora(spec, seed=seed), teacher)
+    if trained in (LADD_FULL, LADD_LORA):
+        student = teacher.full_student() if trained == LADD_FULL else teacher.with_lora(spec, seed=seed)
+        return LADD(LADDConfig(), student, teacher, model.latent_shape, model.conditions(model.examples), seed)
     ladder = Progressive(ProgressiveConfig(), teacher.full_student(), teacher)
     if trained == SECOND_RUNG:
         ladder.next_round()
@@ -145,17 +151,19 @@ class Setting:
         path: of the teacher, as :func:`save_pipeline` gives it.
         batch: images a step.
         seed: of the adapter, the data and the run.
-        trained: `LCM_LORA`, `FIRST_RUNG` or `SECOND_RUNG`.
+        trained: `LCM_LORA`, `FIRST_RUNG`, `SECOND_RUNG`, `LADD_FULL` or `LADD_LORA`.
     """
 
     def __init__(self, path: str, batch: int, seed: int, trained: str = LCM_LORA) -> None:
         self.path, self.batch, self.seed, self.trained, self.model = path, batch, seed, trained, load(path)
-        self.method = new_method(trained, self.model.denoiser, seed)
+        self.method = new_method(trained, self.model, seed)
         self.data = Pictures(self.model, seed)
 
-    def loop(self) -> LCMByHand | ProgressiveByHand:
+    def loop(self) -> ByHand:
         """The loop written by hand, on this method's networks."""
         given = self.data.cached, self.model.encode_prompts([""])["prompt_embeds"], self.batch
+        if isinstance(self.method, LADD):
+            return LADDByHand(self.method, *given)
         return (
             LCMByHand(self.method, *given) if isinstance(self.method, LCM) else ProgressiveByHand(self.method, *given)
         )

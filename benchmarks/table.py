@@ -89,7 +89,9 @@ def step_cost(path: Path) -> str:
     about, lines = _ratios(path)
     how = (
         f"LCM-LoRA of rank {about['rank']}, or where it says so progressive distillation of a full student in a rung with k "
-        "evaluations of the teacher a step (guided: each with and without the prompt, in one batch of twice the size); "
+        "evaluations of the teacher a step (guided: each with and without the prompt, in one batch of twice the size), or LADD "
+        "of a full student or a LoRA of that rank, R1 on every step; weights and moments are those of all networks, heads too, "
+        "with gradients, Adam's state and the average; "
         f"batch {about['batch']}; tiny, demo and wide are UNets in the demo's pipeline. "
         "Steps of both sides take turns in one process; ratios are medians over pairs. Peak memory is what comes on top of "
         f"imports, in processes of its own (torch {about['torch']}, accelerator {about['accelerator']}, "

@@ -44,6 +44,7 @@ def main(parsed: Parsed[Recipe]) -> None:
     check_hub(r.export, r.output_dir)
     source = open_source(r.data)
     model = families.load(r.teacher, trainer.weight_dtype).to(trainer.device)
+    trainer.teacher = model.denoiser_hash()
     student = model.denoiser.student(r.student, r.train.seed)
     student.checkpoint_activations(r.train.gradient_checkpointing)
     method = LADD(r.method, student, model.denoiser, model.latent_shape, model.conditions(model.examples), r.train.seed)

@@ -7,6 +7,11 @@ distillation term (arXiv 2311.17042) is asked for.
 Each step has two phases, the discriminator's and then the student's. They share the step's draws through `Batch.memo`, so both
 see the same sample; it is computed once without and once with a graph. One computation for both would have to come before
 either steps: simultaneous steps, which circle where alternating ones settle (arXiv 1807.04740, section 4).
+
+A step calls the student forward without a graph and the teacher forward on real and made samples in one batch, then both of
+them forward with a graph and backward, the teacher to its input alone. Approximate R1 adds a third part to the teacher's
+first batch; a distillation term adds a forward of the teacher, of twice the samples where w > 0; the guard adds two forwards of
+the student on every `guard_every`-th step. Micro-batches multiply the calls, not the samples.
 """
 
 from __future__ import annotations
@@ -178,11 +183,8 @@ class LADD(Method):
     def discriminate(self, batch: Batch) -> Losses:
         """The discriminator's loss: real and made samples through the same noise at the same level."""
         look, config = self.look(batch), self.config
-        with torch.no_grad():
-            fake = self.student(look.x_t, look.t, batch.cond).x0
-            x_real, x_fake = (self.schedule.add_noise(x, look.eps, look.level) for x in (batch.data(), fake))
-            real, made = (self.features(x, look.level, batch.cond) for x in (x_real, x_fake))
         penalised = self.taken % config.r1_every == 0
+        real, made, *near = self._looked_at(batch, near=penalised and config.approximate_r1 > 0)
         if penalised and config.r1_gamma:
             real = [feature.float().requires_grad_(True) for feature in real]
         logits = self.discriminator(real, look.condition)
@@ -191,21 +193,27 @@ class LADD(Method):
         if penalised and config.r1_gamma:
             metrics["r1"] = over_heads([r1(*pair) for pair in zip(logits, real, strict=True)])
             terms["r1_penalty"] = config.r1_every * config.r1_gamma / 2 * metrics["r1"]
-        if penalised and config.approximate_r1:
-            metrics["approximate_r1"] = self._approximate_r1(batch, x_real, logits)
+        for features in near:
+            pairs = zip(logits, self.discriminator(features, look.condition), strict=True)
+            metrics["approximate_r1"] = over_heads([approximate_r1(*pair) for pair in pairs])
             terms["approximate_r1_penalty"] = config.r1_every * config.approximate_r1 * metrics["approximate_r1"]
         if config.guard_every and self.taken % config.guard_every == 0:
             metrics["diversity"] = self._diversity(batch)
         return Losses(terms, metrics, count=len(batch))
 
-    def _approximate_r1(self, batch: Batch, x_real: Tensor, logits: Sequence[Tensor]) -> Tensor:
-        """On the very input of the teacher that gave `logits`, and at the same level."""
+    @torch.no_grad()
+    def _looked_at(self, batch: Batch, near: bool) -> list[list[Tensor]]:
+        """Features of real samples, of made ones and, if `near`, of real ones that are a little off; in one forward.
+
+        What is a little off is the very input of the teacher that the real samples are, at the same level.
+        """
         look = self.look(batch)
-        with torch.no_grad():
-            n = batch.rng.normal("perturbation", x_real.shape[1:], x_real.dtype)
-            near = self.features(x_real + self.config.approximate_r1_sigma * n, look.level, batch.cond)
-        pairs = zip(logits, self.discriminator(near, look.condition), strict=True)
-        return over_heads([approximate_r1(*pair) for pair in pairs])
+        fake = self.student(look.x_t, look.t, batch.cond).x0
+        inputs = [self.schedule.add_noise(x, look.eps, look.level) for x in (batch.data(), fake)]
+        if near:
+            n = batch.rng.normal("perturbation", inputs[0].shape[1:], inputs[0].dtype)
+            inputs.append(inputs[0] + self.config.approximate_r1_sigma * n)
+        return self.features.of_each(inputs, look.level, batch.cond)
 
     @torch.no_grad()
     def _diversity(self, batch: Batch) -> Tensor:

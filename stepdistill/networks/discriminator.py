@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..batch import Cond
+from ..batch import Cond, concat
 from ..diffusion.timesteps import trainable
 from ..errors import InputError
 from .denoiser import Denoiser
@@ -168,6 +168,12 @@ class DenoiserFeatures:
             return [self.backbone.feature_map(name, kept[name], x_t) for name in self.names]
         except ValueError as error:
             raise InputError(f"{error} (--method.taps)") from error
+
+    def of_each(self, inputs: Sequence[Tensor], t: Tensor, cond: Cond) -> list[list[Tensor]]:
+        """The same at each of several x_t [B, ...] that share t [B] and `cond`, in one forward of all of them."""
+        count = len(inputs)
+        found = self(torch.cat(list(inputs)), t.repeat(count), concat(*[cond] * count))
+        return [list(part) for part in zip(*(feature.chunk(count) for feature in found), strict=True)]
 
     def condition(self, t: Tensor, cond: Cond) -> Tensor:
         """[B, D] float32: the noise level at t [B] as sinusoids, and the pooled condition in units of its own size."""

@@ -6,12 +6,14 @@ import importlib
 import json
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from adversaries import learning
 from students import randomised
 from toys import recorded
 
@@ -84,17 +86,63 @@ def test_the_ladder_by_hand_has_the_loss_and_the_forwards_of_the_method(
     assert seen == set(range(rung))
 
 
+@pytest.mark.parametrize("trained", ["LADD_FULL", "LADD_LORA"])
+def test_the_game_by_hand_has_the_losses_and_the_forwards_of_the_method(
+    benchmarks: dict[str, ModuleType], tiny: str, trained: str
+) -> None:
+    module = benchmarks["step_setting"]
+    setting = module.Setting(tiny, batch=8, seed=0, trained=getattr(module, trained))
+    method, hand = setting.method, setting.loop()
+    method.times = replace(method.times, probabilities=(0.25,) * 4, warmup_steps=0)
+    method.taken = 1  # no look of the guard
+    batch, mean, embeds, _ = eight(setting, 5)
+    with torch.no_grad():
+        for parameter in method.discriminator.trainable():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    look = method.look(batch)
+    index, level = ((1000 * t).round().long() - 1 for t in (look.t, look.level))
+    assert index.unique().tolist() == [249, 499, 749, 999]
+    of_networks: dict[str, list[tuple[int, bool]]] = {}
+    vectors = [b.clone() for b in method.discriminator.module.buffers()]
+    theirs = hand.losses(mean, look.x_t, index, look.eps, level, embeds)
+    for role, phase in zip(("discriminator", "student"), method.phases(), strict=True):
+        parameters = method.networks()[role].trainable()
+        with (
+            learning(method, role),
+            recorded(method.student.module) as ours,
+            recorded(method.teacher.module) as of_teacher,
+        ):
+            loss = phase.loss(batch).total
+        wanted = torch.autograd.grad(loss, parameters)
+        for network in method.networks().values():
+            network.module.requires_grad_(False)
+        for parameter in method.student.trainable():
+            parameter.requires_grad_(True)
+        with recorded(method.student.module) as by_hand, recorded(method.teacher.module) as teacher_by_hand:
+            found, other = next(theirs)
+        assert found == role
+        torch.testing.assert_close(other, loss, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(torch.autograd.grad(other, parameters), wanted, rtol=1e-4, atol=1e-5)
+        for calls in (ours, of_teacher, by_hand, teacher_by_hand):
+            of_networks.setdefault(role, []).append([(len(x[0]), grad) for x, grad in calls])
+    assert next(theirs, None) is None, "two steps"
+    assert any(not torch.equal(v, w) for v, w in zip(vectors, method.discriminator.module.buffers(), strict=True))
+    for role, size, grad in (("discriminator", 16, False), ("student", 8, True)):
+        student, teacher = [(8, grad)], [(size, grad)]
+        if trained == "LADD_LORA":  # one module
+            student = teacher = [*student, *teacher]
+        assert of_networks[role] == [student, teacher] * 2
+
+
 @pytest.mark.parametrize(("trained", "points"), [("LCM_LORA", 50), ("FIRST_RUNG", 8), ("SECOND_RUNG", 4)])
 def test_the_loop_by_hand_draws_every_time_and_the_guidance_of_the_method(
-    benchmarks: dict[str, ModuleType], tiny: str, monkeypatch: pytest.MonkeyPatch, trained: str, points: int
+    benchmarks: dict[str, ModuleType], tiny: str, trained: str, points: int
 ) -> None:
     module = benchmarks["step_setting"]
     loop = module.Setting(tiny, batch=8, seed=0, trained=getattr(module, trained)).loop()
-    given: list[torch.Tensor] = []
-    monkeypatch.setattr(loop, "loss", lambda *arguments: given.extend(arguments))
     torch.manual_seed(0)
     x0, embeds = torch.zeros(2000, 4, 8, 8), torch.zeros(2000, 1, 1)
-    loop.drawn(x0, embeds)
+    given = loop.drawn(x0, embeds)
     assert given[0] is x0 and given[-1] is embeds
     torch.testing.assert_close(given[1].std(), torch.tensor(1.0), rtol=0.01, atol=0)
     assert given[2].unique().tolist() == list(range(points))
@@ -103,7 +151,41 @@ def test_the_loop_by_hand_draws_every_time_and_the_guidance_of_the_method(
         assert 5.0 <= low < 5.1 and 14.9 < high <= 15.0
 
 
-@pytest.mark.parametrize("trained", ["LCM_LORA", "FIRST_RUNG", "SECOND_RUNG"])
+def test_the_game_by_hand_draws_the_times_and_the_levels_of_the_method(
+    benchmarks: dict[str, ModuleType], tiny: str
+) -> None:
+    module = benchmarks["step_setting"]
+    setting = module.Setting(tiny, batch=8, seed=0, trained=module.LADD_FULL)
+    hand = setting.loop()
+    torch.manual_seed(0)
+    embeds, ones = torch.zeros(2000, 1, 1), torch.ones(2000, 4, 8, 8)
+    x0, x_t, index, eps, level, last = hand.drawn(ones, embeds)
+    assert x0 is ones and last is embeds and index.unique().tolist() == [249, 499], "of the warm-up"
+    hand.chances = torch.tensor(setting.method.times.probabilities, dtype=torch.float64)
+    _, x_t, index, eps, level, _ = hand.drawn(ones, embeds)
+    assert abs(float((index == 999).double().mean()) - 0.7) < 0.05 and len(index.unique()) == 4
+    alpha = setting.method.schedule.alpha((index + 1).double() / 1000) * (index != 999)
+    torch.testing.assert_close(x_t.mean((1, 2, 3)).double(), alpha, rtol=0, atol=0.35)
+    z = torch.logit((level + 1).double().clamp(max=999) / 1000)
+    assert abs(float(z.mean()) - 1) < 0.1 and abs(float(z.std()) - 1) < 0.1
+    assert abs(float((eps.flatten() * x_t.flatten()).mean())) < 0.02
+
+
+def test_what_ladd_holds_is_counted_by_hand(benchmarks: dict[str, ModuleType], tiny: str) -> None:
+    """A full student five times beside its teacher; of a LoRA the adapter five times on one base; heads four times."""
+    module, cost = benchmarks["step_setting"], benchmarks["step_cost"]
+    for trained, networks in ((module.LADD_FULL, 2), (module.LADD_LORA, 1)):
+        setting = module.Setting(tiny, batch=2, seed=0, trained=trained)
+        method = setting.method
+        base = sum(4 * p.numel() for n, p in method.teacher.module.named_parameters() if "lora_" not in n)
+        heads, student = (sum(4 * p.numel() for p in n.trainable()) for n in (method.discriminator, method.student))
+        counters = 4 * sum(len(n.trainable()) for n in method.networks().values())
+        buffers = sum(4 * b.numel() for b in method.discriminator.module.buffers())
+        own = student if networks == 1 else base
+        assert cost.held(setting) == base + 5 * own + 4 * heads + buffers + counters
+
+
+@pytest.mark.parametrize("trained", ["LCM_LORA", "FIRST_RUNG", "SECOND_RUNG", "LADD_FULL"])
 def test_both_sides_take_turns(
     benchmarks: dict[str, ModuleType], tiny: str, monkeypatch: pytest.MonkeyPatch, trained: str
 ) -> None:
@@ -223,6 +305,7 @@ def labels(benchmarks: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, o
         monkeypatch.setattr(cost, name, lambda setting, steps: (seen.append(setting), ([1.0], [1.0]))[1])
     monkeypatch.setattr(cost, "weights", lambda setting: ([1], [1]))
     monkeypatch.setattr(cost, "peaks", lambda what, path, options: ([1], [1]))
+    monkeypatch.setattr(cost, "held", lambda setting: 1)
     seen: list[str] = []
     options = parse(cost.Benchmark, ["--repeats", "1", *only]).recipe
     rows = list(cost.measure(options, {name: name for name in ("tiny", "demo", "wide")}))
@@ -235,8 +318,10 @@ def test_only_one_method_is_measured(benchmarks: dict[str, ModuleType], monkeypa
     everything = labels(benchmarks, monkeypatch, [])
     ladder = ["demo, progressive, k = 5, guided", "demo, progressive, k = 2"]
     assert labels(benchmarks, monkeypatch, ["--only", "progressive"]) == ladder
-    assert labels(benchmarks, monkeypatch, ["--only", "lcm"]) == [row for row in everything if row not in ladder]
-    assert len(everything) == 12
+    game = ["demo, LADD, full", "demo, LADD, LoRA", *["demo, LADD"] * 2, *["wide, LADD"] * 2]
+    assert labels(benchmarks, monkeypatch, ["--only", "ladd"]) == game
+    assert labels(benchmarks, monkeypatch, ["--only", "lcm"]) == [row for row in everything if row not in ladder + game]
+    assert len(everything) == 18
 
 
 def test_rows_that_are_not_measured_anew_are_kept(
@@ -258,6 +343,7 @@ def test_rows_that_are_not_measured_anew_are_kept(
     assert run(1.0, "") == [("demo", 1.0), ("demo, progressive", 1.0)]
     assert run(2.0, "progressive") == [("demo", 1.0), ("demo, progressive", 2.0)]
     assert run(3.0, "lcm") == [("demo", 3.0), ("demo, progressive", 2.0)]
+    assert run(9.0, "ladd") == [("demo", 3.0), ("demo, progressive", 2.0)]
     before = path.read_text()
     with pytest.raises(InputError, match="options and the machine"):
         run(4.0, "lcm", "--batch", "4")
@@ -275,3 +361,13 @@ def test_peaks_are_of_processes_of_their_own(benchmarks: dict[str, ModuleType], 
     assert ballast[0] == 1.0
     for value in (ours, theirs):
         assert 2**20 < value < 2**29
+
+
+@pytest.mark.slow
+def test_peaks_of_ladd_are_of_both_kinds_of_student(
+    benchmarks: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cost, setting = benchmarks["step_cost"], benchmarks["step_setting"]
+    wide = setting.save_pipeline(tmp_path, setting.UNETS["wide"], seed=0)
+    (lora,), (full,) = cost.peaks(cost.LORA, wide, cost.Benchmark(steps=4, repeats=1, batch=2))
+    assert 2**20 < lora < 0.8 * full

@@ -98,7 +98,8 @@ def test_real_and_made_share_noise_and_level_and_both_phases_see_one_sample() ->
     with recorded(method.student.module) as forwards:
         method.discriminate(one)
         method.deceive(one)
-    (x_real, t_real), (x_fake, t_fake), (again, t_again) = seen
+    (both, t_both), (again, t_again) = seen
+    (x_real, x_fake), (t_real, t_fake) = both.chunk(2), t_both.chunk(2)
     assert torch.equal(t_real, t_fake) and torch.equal(t_real, t_again)
     assert torch.equal(x_fake, again), "the student has not changed in between"
     look = one.memo["look"]

@@ -1,24 +1,15 @@
 """The ladder's recipe in two processes, each with the whole student or a share of it: the rungs are those of one process."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from recipe_process import make_inputs, words
-from recipe_runs import ROOT, load_recipe, run_in_process
-from safetensors.torch import load_file
-from torch import Tensor
+from recipe_runs import exported, load_recipe, run_in_process, run_in_two_processes
 from torch.testing import assert_close
 from toys import rows, saved
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform == "win32", reason="gloo over torchrun")]
-
-
-def rungs(run: Path) -> dict[str, Tensor]:
-    found = {str(path.relative_to(run)): load_file(path) for path in (run / "rungs").rglob("*.safetensors")}
-    return {f"{file}/{name}": tensor for file, tensors in found.items() for name, tensor in tensors.items()}
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
@@ -27,15 +18,13 @@ def test_two_processes_climb_as_one_does(tmp_path: Path, parallel: str) -> None:
     # with its default epsilon Adam would make a whole step of a gradient that is nothing but rounding
     more = ["--train.adam_epsilon", "1e-2", "--train.validation_prompts", "a cat", "--train.parallel", parallel]
     run_in_process(load_recipe("progressive"), words(tmp_path, tmp_path / "one", "full", *more))
-    arguments = words(tmp_path, tmp_path / "two", "full", *more, "--train.train_batch_size", "1")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(ROOT / "recipes" / "progressive.py"), *map(str, arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    run_in_two_processes(
+        "progressive", words(tmp_path, tmp_path / "two", "full", *more, "--train.train_batch_size", "1")
+    )
     one, two = tmp_path / "one", tmp_path / "two"
-    assert {name.split("/")[1] for name in rungs(one)} == {"4", "2", "1"}
-    assert_close(rungs(two), rungs(one), rtol=1e-5, atol=1e-6)
+    (tensors, _), (wanted, _) = exported(two / "rungs"), exported(one / "rungs")
+    assert {name.split("/")[0] for name in wanted} == {"4", "2", "1"}
+    assert_close(tensors, wanted, rtol=1e-5, atol=1e-6)
     for fit in ("guidance", "ladder"):
         assert_close(saved(two, fit)[0], saved(one, fit)[0], rtol=1e-5, atol=1e-6)
     assert_close(rows(two), rows(one), rtol=1e-4, atol=1e-6)
