@@ -1,4 +1,4 @@
-"""How an adversarially distilled student is sampled: an x0 at each of its times, and fresh noise on it to the next.
+"""How adversarially distilled students (LADD, ADD) are sampled: an x0 at each time, and fresh noise on it to the next.
 
 That is multistep consistency sampling without boundary scalings: LCMScheduler with scalings that are exactly 0 and 1, and on a
 flow FlowMatchLCMScheduler, which has none.
@@ -6,7 +6,6 @@ flow FlowMatchLCMScheduler, which has none.
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -14,7 +13,9 @@ import torch
 from ..diffusion.schedule import Flow, Tabulated
 from ..errors import InputError
 from ..families import Model
+from ..methods.add import ADDConfig
 from ..methods.adversarial import StudentTimes
+from ..methods.adversarial_config import AdversarialConfig
 from ..methods.ladd import LADDConfig
 from .sampling import Sampling, table_fields
 
@@ -23,7 +24,18 @@ PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}  # that LC
 
 
 def ladd_sampling(method: LADDConfig, model: Model) -> Sampling:
-    """The stock scheduler that visits the student's times (arXiv 2403.12015), without classifier-free guidance.
+    """Of a student of LADD (arXiv 2403.12015); see :func:`few_step_sampling`."""
+    note = "; the weights hold the guidance of the latents that they were trained on"
+    return few_step_sampling(method, model, "ladd", "LADD", note)
+
+
+def add_sampling(method: ADDConfig, model: Model) -> Sampling:
+    """Of a student of ADD (arXiv 2311.17042), which samples alike; see :func:`few_step_sampling`."""
+    return few_step_sampling(method, model, "add", "ADD", "; the weights hold the guidance that they were trained with")
+
+
+def few_step_sampling(method: AdversarialConfig, model: Model, name: str, title: str, note: str) -> Sampling:
+    """The stock scheduler that visits the student's times, without classifier-free guidance.
 
     At fewer steps than there are times it visits as many of them, evenly chosen from the first on. A first time below 1 on a
     noise table is the end of a shorter table, where sampling begins with pure noise as the training did.
@@ -54,10 +66,9 @@ def ladd_sampling(method: LADDConfig, model: Model) -> Sampling:
         raise InputError(
             f"expected a noise table or a flow, got {type(schedule).__name__}; no stock scheduler samples it"
         )
-    lists = {name: list(vars(times)[name]) for name in ("times", "probabilities", "warmup_probabilities")}
     return Sampling(
-        method="ladd",
-        title="LADD",
+        method=name,
+        title=title,
         kind="adversarially distilled",
         scheduler=scheduler,
         steps=tuple(visited),
@@ -65,8 +76,8 @@ def ladd_sampling(method: LADDConfig, model: Model) -> Sampling:
         timesteps=timesteps,
         guidance_scale=1.0,
         guidance_range=None,
-        trained={**asdict(method), **lists, "taps": None if method.taps is None else list(method.taps)},
-        guidance_note="; the weights hold the guidance of the latents that they were trained on",
+        trained=method.facts(),
+        guidance_note=note,
         sigmas=sigmas,
     )
 
