@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from adversaries import Prompted, game
+from eyes import show
 from ladders import ladder
 from torch import nn
 from toys import Duel, Numbers, Regression, Uneven, options, sd_table, stopping_after
@@ -271,9 +272,11 @@ def climb_in(folder: Path, kind: str) -> None:
 
 
 def play_in(folder: Path, kind: str) -> None:
-    """An adversarial game: two trained roles, one with buffers; with a LoRA the judge looks through the student's own base."""
+    """Adversarial games: two trained roles, one with buffers; with a LoRA the judge looks through the student's own base."""
     method = game(kind, warmup_steps=2, r1_every=2, guard_every=2, approximate_r1=1.0)
     fit_in(folder / f"ladd-{kind}", method, Prompted(), ema_decay=0.9, adam_epsilon=1e-3)
+    method = show(kind, warmup_steps=2, r1_every=2, guard_every=2, crop=3, image_condition=True)
+    fit_in(folder / f"add-{kind}", method, Prompted(), ema_decay=0.9, adam_epsilon=1e-3)
 
 
 def ranks(folder: Path) -> None:

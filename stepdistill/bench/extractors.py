@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,15 +11,14 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..families.loading import BROKEN, DEMO_JUDGE
+from ..families.preprocessing import Preprocessing
+from ..families.towers import Tower
 from .features import FeatureExtractor, Images, JudgeFeatures, checked_images, hash_weights, to_levels
 from .judge import Judge
-from .preprocessing import Preprocessing
-from .towers import Tower
 
 FLAG = "--features"
 # cuDNN's default rounds what goes into a convolution to TF32, a thousandth of it
 EXACT = {"enabled": True, "benchmark": False, "deterministic": True, "allow_tf32": False}
-CLIPS = ("clip", "clip_vision_model")  # `model_type` of a whole CLIP and of its vision part alone
 
 
 class VisionFeatures:
@@ -55,7 +53,7 @@ class VisionFeatures:
         self.tower = Tower.find(path, flag)
         self.config = self.tower.config()
         self.preprocessing = Preprocessing.read(self.tower.image_settings(), str(self.tower), self.tower.fix)
-        self.module = _load(self.tower, self.config).to(self._device)
+        self.module = self.tower.vision_model(self.config).to(self._device)
         self.weights_hash = hash_weights(self.module, self.preprocessing.identity())
         self.dim = self._probe()
 
@@ -104,29 +102,6 @@ class VisionFeatures:
                 f"{type(self.module).__name__} without; {self.tower.fix}"
             )
         return tokens[:, 0].double().cpu()
-
-
-def _load(tower: Tower, config: Any) -> Any:
-    """The part for images, with all of its weights from the checkpoint; a pooler that has none there is taken off."""
-    from transformers import AutoModel, CLIPVisionModelWithProjection
-
-    projects = config.model_type in CLIPS and "CLIPVisionModel" not in (config.architectures or ())
-    if "vision_config" in config.to_dict():
-        whole, config = config, config.vision_config
-        if projects:  # some CLIPs say the true size of the projection only once
-            config.projection_dim = whole.projection_dim
-    cls = CLIPVisionModelWithProjection if projects else AutoModel
-    module, missing = tower.load(cls, "a vision model", config=config)
-    if module.main_input_name != "pixel_values":
-        raise InputError(
-            f"expected a vision model at {tower}, got {type(module).__name__}, which reads "
-            f"{module.main_input_name}; {tower.fix}"
-        )
-    if any(key.startswith("pooler.") for key in missing):
-        module.pooler = None
-        missing = [key for key in missing if not key.startswith("pooler.")]
-    tower.complete("vision model", missing)
-    return module
 
 
 class InceptionFeatures:

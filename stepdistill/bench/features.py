@@ -12,16 +12,13 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..families.preprocessing import Images
 
 if TYPE_CHECKING:
     from .judge import Judge
-
-Images = NDArray[np.uint8]
-"""[N, H, W, 3], 0-255."""
 
 
 class FeatureExtractor(Protocol):

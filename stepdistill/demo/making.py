@@ -1,6 +1,7 @@
-"""The demo teacher's stages in order, each a resumable run that ends with a check: judge, text, autoencoder, UNet.
+"""The demo teacher's stages in order, each a resumable run that ends with a check: judge, eye, text, autoencoder, UNet.
 
-A stage starts from random weights, or from those of an earlier teacher: `start` is a folder with `teacher/` and `judge/` in it.
+A stage starts from random weights, or from those of an earlier teacher: `start` is a folder with `teacher/`, `judge/` and
+`eye/` in it.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from ..data.open import open_source
 from ..families.unet import StableDiffusion, UNet
 from ..method import Method
 from ..methods.denoising import Denoising, DenoisingConfig
+from ..randomness import StepRandom
 from ..training.config import TrainConfig
 from ..training.trainer import Trainer
-from . import stages, teacher
-from .world import TEST_SEED, TRAIN_SEED, World
+from . import eye, stages, teacher
+from .world import EYE_SEED, TEST_SEED, TRAIN_SEED, World
 
 CHECKED = 2000  # images or captions of the test seed in each stage's check
 SCALED = 1000  # images of the training seed whose latents get unit std
@@ -56,6 +58,19 @@ def make_judge(config: TrainConfig, folder: Path, images: int, start: Path | Non
     print(f"judge on {CHECKED} clean renders: {_shown(scores)}")
     judge.save(folder)
     return judge
+
+
+def make_eye(config: TrainConfig, folder: Path, images: int, start: Path | None = None) -> Any:
+    """What a discriminator of pictures looks through, trained and written to `folder`; prints how it draws what is hidden."""
+    from transformers import Dinov2Model
+
+    backbone = _going_on(Dinov2Model.from_pretrained(start / "eye")) if start else made(config.seed, eye.eye)
+    method = made(config.seed + 1, lambda: eye.Masking(eye.MaskingConfig(), backbone))
+    _fit(config, folder, method, stages.WorldPixels(World(EYE_SEED), images))
+    test = stages.WorldPixels(World(TEST_SEED), CHECKED).batch(range(CHECKED), StepRandom(0, 0, range(CHECKED)))
+    print(f"eye on {CHECKED} pictures: {eye.hidden_error(method, test):.4f} from what is hidden")
+    eye.save(folder, backbone)
+    return backbone
 
 
 def make_text(config: TrainConfig, folder: Path, captions: int, start: Path | None = None) -> Any:

@@ -27,6 +27,7 @@ from .shapes import Array
 Phrases = dict[str, tuple[str, ...]]
 
 TRAIN_SEED, REFERENCE_SEED, TEST_SEED = 101, 202, 303  # worlds that share no image; metrics compare with the second
+EYE_SEED = 404  # and the one that the discriminator's eye is trained on
 
 SHAPES: Phrases = {
     "circle": ("circle", "disc"),

@@ -1,4 +1,4 @@
-"""How an adversarially distilled student is sampled: an x0 at each of its times, and fresh noise on it to the next.
+"""How adversarially distilled students (LADD, ADD) are sampled: an x0 at each time, and fresh noise on it to the next.
 
 That is multistep consistency sampling without boundary scalings: LCMScheduler with scalings that are exactly 0 and 1, and on a
 flow FlowMatchLCMScheduler, which has none.
@@ -6,24 +6,34 @@ flow FlowMatchLCMScheduler, which has none.
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
-
-import torch
 
 from ..diffusion.schedule import Flow, Tabulated
 from ..errors import InputError
 from ..families import Model
+from ..methods.add import ADDConfig
 from ..methods.adversarial import StudentTimes
+from ..methods.adversarial_config import AdversarialConfig
 from ..methods.ladd import LADDConfig
-from .sampling import Sampling, table_fields, told
+from .sampling import Sampling, check_table, flow_lcm_scheduler, lcm_scheduler, table_fields, told
 
 SCALING = 1e10  # LCMScheduler's timestep_scaling: c_skip is below float32's resolution from index 1 on, and c_out is 1
 PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}  # that LCMScheduler reads
 
 
 def ladd_sampling(method: LADDConfig, model: Model) -> Sampling:
-    """The stock scheduler that visits the student's times (arXiv 2403.12015), without classifier-free guidance.
+    """Of a student of LADD (arXiv 2403.12015); see :func:`few_step_sampling`."""
+    note = "; the weights hold the guidance of the latents that they were trained on"
+    return few_step_sampling(method, model, "ladd", "LADD", note)
+
+
+def add_sampling(method: ADDConfig, model: Model) -> Sampling:
+    """Of a student of ADD (arXiv 2311.17042), which samples alike; see :func:`few_step_sampling`."""
+    return few_step_sampling(method, model, "add", "ADD", "; the weights hold the guidance that they were trained with")
+
+
+def few_step_sampling(method: AdversarialConfig, model: Model, name: str, title: str, note: str) -> Sampling:
+    """The stock scheduler that visits the student's times, without classifier-free guidance.
 
     A student that is told its guidance, as Flux is, was told the family's usual scale throughout.
 
@@ -49,7 +59,7 @@ def ladd_sampling(method: LADDConfig, model: Model) -> Sampling:
                     f"visit {timesteps[str(steps)]} at {steps} steps and not {trained}; fix --method.times"
                 )
     elif isinstance(schedule, Flow):
-        scheduler = _on_a_flow(model)
+        scheduler = flow_lcm_scheduler(model)
         for steps, where in visited.items():
             sigmas[str(steps)] = [float(s) for s in schedule.sigma(times.grid[where])]
     else:
@@ -58,10 +68,9 @@ def ladd_sampling(method: LADDConfig, model: Model) -> Sampling:
         )
     usual = model.usual_guidance
     scale, reach = told(usual - 1.0, usual - 1.0, model.denoiser.takes_guidance, usual)
-    lists = {name: list(vars(times)[name]) for name in ("times", "probabilities", "warmup_probabilities")}
     return Sampling(
-        method="ladd",
-        title="LADD",
+        method=name,
+        title=title,
         kind="adversarially distilled",
         scheduler=scheduler,
         steps=tuple(visited),
@@ -69,8 +78,8 @@ def ladd_sampling(method: LADDConfig, model: Model) -> Sampling:
         timesteps=timesteps,
         guidance_scale=scale,
         guidance_range=reach,
-        trained={**asdict(method), **lists, "taps": None if method.taps is None else list(method.taps)},
-        guidance_note="; the weights hold the guidance of the latents that they were trained on",
+        trained=method.facts(),
+        guidance_note=note,
         sigmas=sigmas,
     )
 
@@ -90,36 +99,17 @@ def _visited(times: StudentTimes) -> dict[int, list[int]]:
 
 
 def _on_a_table(times: StudentTimes, schedule: Tabulated, model: Model) -> Any:
-    from diffusers import LCMScheduler
-
     if model.denoiser.predicts not in PREDICTIONS:
         raise InputError(
             f"expected eps, v or x0 prediction on a noise table, which LCMScheduler reads, got {model.denoiser.predicts}; no "
             "stock scheduler samples it"
         )
     fields = table_fields(model)
-    try:
-        scheduler = LCMScheduler(**fields)
-    except NotImplementedError as error:
-        raise InputError(
-            f"expected a beta_schedule that LCMScheduler knows, got {fields.get('beta_schedule')!r}; give `trained_betas` "
-            "in the teacher's scheduler config instead"
-        ) from error
+    scheduler = lcm_scheduler(fields)
     levels = round(float(schedule.index(times.grid[:1]))) + 1
     if levels < schedule.levels:  # a table that ends at the first time
         kept = {"num_train_timesteps": levels, "trained_betas": scheduler.betas[:levels].tolist()}
         fields = {**kept, "prediction_type": PREDICTIONS[model.denoiser.predicts]}
-    scheduler = LCMScheduler(**fields, original_inference_steps=len(times.times), timestep_scaling=SCALING)
-    trained = schedule.alpha(schedule.time(torch.arange(levels))) ** 2
-    if not torch.allclose(scheduler.alphas_cumprod.double(), trained, rtol=1e-4, atol=1e-7):
-        raise InputError(
-            "expected LCMScheduler to have the noise table of the training, got another; fix the teacher's scheduler"
-        )
+    scheduler = lcm_scheduler(fields, original_inference_steps=len(times.times), timestep_scaling=SCALING)
+    check_table(scheduler, model)
     return scheduler
-
-
-def _on_a_flow(model: Model) -> Any:
-    from diffusers import FlowMatchLCMScheduler
-
-    levels = model.pipeline().scheduler.config.get("num_train_timesteps", 1000)
-    return FlowMatchLCMScheduler(num_train_timesteps=levels, shift=1.0, use_dynamic_shifting=False)

@@ -9,7 +9,7 @@ from ..diffusion.schedule import Flow, Tabulated
 from ..errors import InputError
 from ..families import Model
 from ..methods.lcm import LCMConfig
-from .sampling import Sampling, check_table, levels, table_fields, told
+from .sampling import Sampling, check_table, flow_lcm_scheduler, lcm_scheduler, table_fields, told
 
 LCM_SIGMA_DATA = 0.5  # LCMScheduler's, which no config field of it changes
 STEPS = (1, 2, 4, 8)
@@ -39,7 +39,7 @@ def lcm_sampling(method: LCMConfig, model: Model, takes_guidance: bool = False) 
         scheduler = _scheduler(method, model)
         timesteps = {str(count): _visited(scheduler, count, method) for count in steps}
     elif isinstance(schedule, Flow):
-        scheduler = _flow_scheduler(model)
+        scheduler = flow_lcm_scheduler(model)
         trained = method.grid(schedule)
         sigmas = {
             str(count): [float(s) for s in schedule.sigma(trained[_spread(len(trained) - 1, count)])] for count in steps
@@ -83,29 +83,15 @@ def _visited(scheduler: Any, count: int, method: LCMConfig) -> list[int]:
 
 
 def _scheduler(method: LCMConfig, model: Model) -> Any:
-    from diffusers import LCMScheduler
-
     if method.sigma_data != LCM_SIGMA_DATA:
         raise InputError(
             f"expected sigma_data {LCM_SIGMA_DATA}, which LCMScheduler samples with, got {method.sigma_data}; fix "
             "--method.sigma_data"
         )
-    fields = table_fields(model)
-    try:
-        scheduler = LCMScheduler(
-            **fields, original_inference_steps=method.num_ddim_timesteps, timestep_scaling=method.timestep_scaling
-        )
-    except NotImplementedError as error:
-        raise InputError(
-            f"expected a beta_schedule that LCMScheduler knows, got {fields.get('beta_schedule')!r}; give `trained_betas` "
-            "in the teacher's scheduler config instead"
-        ) from error
+    scheduler = lcm_scheduler(
+        table_fields(model),
+        original_inference_steps=method.num_ddim_timesteps,
+        timestep_scaling=method.timestep_scaling,
+    )
     check_table(scheduler, model)
     return scheduler
-
-
-def _flow_scheduler(model: Model) -> Any:
-    """Without a shift of its own: it would shift the sigmas that it is handed once more."""
-    from diffusers import FlowMatchLCMScheduler
-
-    return FlowMatchLCMScheduler(num_train_timesteps=levels(model), shift=1.0, use_dynamic_shifting=False)

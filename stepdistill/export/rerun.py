@@ -17,6 +17,7 @@ from torch import Tensor
 from ..config import CommaList
 from ..errors import InputError
 from ..families import Model, TeacherConfig, load
+from ..methods.add import ADD, ADDConfig
 from ..methods.guidance_distill import GuidanceDistill
 from ..methods.ladd import LADD, LADDConfig
 from ..methods.lcm import LCM, LCMConfig
@@ -28,7 +29,7 @@ from ..training.snapshot import check_teacher
 from ..training.state import join_state
 from .config import CONFIG, ExportConfig, read_config
 from .hub import check_hub, push
-from .ladd import ladd_sampling
+from .ladd import add_sampling, ladd_sampling
 from .lcm import lcm_sampling
 from .progressive import guidance_sampling, progressive_sampling
 from .sampling import Sampling
@@ -58,11 +59,12 @@ METHODS = {
     LCM.__name__: Exported(LCMConfig, "method", lambda config, model, takes, _: lcm_sampling(config, model, takes)),
     Progressive.__name__: Exported(ProgressiveConfig, "method", _rung),
     LADD.__name__: Exported(LADDConfig, "method", lambda config, model, *_: ladd_sampling(config, model)),
+    ADD.__name__: Exported(ADDConfig, "method", lambda config, model, *_: add_sampling(config, model)),
     GuidanceDistill.__name__: Exported(
         ProgressiveConfig, "method", lambda config, model, takes, _: guidance_sampling(config.guidance(), model, takes)
     ),
 }
-LISTS = ("targets", "formats", "rungs", "times", "probabilities", "warmup_probabilities", "taps")
+LISTS = ("targets", "formats", "rungs", "times", "probabilities", "warmup_probabilities", "taps", "augmentations")
 PARSED: Mapping[str, Callable[[Any], Any]] = dict.fromkeys(LISTS, CommaList.parse)
 T = TypeVar("T")
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..diffusion.schedule import Tabulated
 from ..errors import InputError
 from ..families import Model
 
@@ -73,10 +74,31 @@ def table_fields(model: Model) -> dict[str, Any]:
     return {key: config[key] for key in (*TABLE, "rescale_betas_zero_snr") if config.get(key) is not None}
 
 
+def lcm_scheduler(fields: dict[str, Any], **options: Any) -> Any:
+    """A stock LCMScheduler of a noise table; InputError for a table that it can't have."""
+    from diffusers import LCMScheduler
+
+    try:
+        return LCMScheduler(**fields, **options)
+    except NotImplementedError as error:
+        raise InputError(
+            f"expected a beta_schedule that LCMScheduler knows, got {fields.get('beta_schedule')!r}; give `trained_betas` "
+            "in the teacher's scheduler config instead"
+        ) from error
+
+
+def flow_lcm_scheduler(model: Model) -> Any:
+    """Its like on a flow, without a shift of its own: it would shift the sigmas that it is handed once more."""
+    from diffusers import FlowMatchLCMScheduler
+
+    return FlowMatchLCMScheduler(num_train_timesteps=levels(model), shift=1.0, use_dynamic_shifting=False)
+
+
 def check_table(scheduler: Any, model: Model) -> None:
-    """InputError unless a scheduler has the noise table of the training."""
-    knots = (torch.arange(len(scheduler.alphas_cumprod), dtype=torch.float64) + 1.0) / len(scheduler.alphas_cumprod)
-    trained = model.denoiser.schedule.alpha(knots) ** 2
+    """InputError unless a scheduler has the noise table of the training, or the beginning of it."""
+    schedule, length = model.denoiser.schedule, len(scheduler.alphas_cumprod)
+    total = schedule.levels if isinstance(schedule, Tabulated) else length
+    trained = schedule.alpha((torch.arange(length, dtype=torch.float64) + 1.0) / total) ** 2
     if not torch.allclose(scheduler.alphas_cumprod.double(), trained, rtol=1e-4, atol=1e-7):
         raise InputError(
             f"expected {type(scheduler).__name__} to have the noise table of the training, got another; fix the teacher's "

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..errors import InputError
-from .config import TeacherConfig
+from .config import EyeConfig, TeacherConfig
+from .eyes import open_eye
 from .flux import Flux
 from .loading import read_index, resolve
 from .model import Model
@@ -17,7 +18,7 @@ from .unet import StableDiffusion
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Model", "TeacherConfig", "load"]
+__all__ = ["EyeConfig", "Model", "TeacherConfig", "load", "open_eye"]
 
 # the pipeline class that a checkpoint names -> its family; the one place where families are listed
 TABLE: dict[

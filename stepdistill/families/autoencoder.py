@@ -39,6 +39,10 @@ class Autoencoder:
         centre, scale = self._affine()
         return self.vae.decode(latents.to(self.vae.dtype) / scale + centre, return_dict=False)[0]
 
+    def checkpoint_activations(self) -> None:
+        """Trades compute for memory: what a gradient through :meth:`decode` needs is computed again, block by block."""
+        self.vae.enable_gradient_checkpointing()
+
     def facts(self) -> tuple[Any, ...]:
         """What of the config decides the latents."""
         config = self.vae.config

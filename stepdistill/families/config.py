@@ -1,4 +1,4 @@
-"""Which checkpoint to open. Imports nothing, so that recipes can read it first."""
+"""Which checkpoints to open. Imports nothing, so that recipes can read it first."""
 
 from __future__ import annotations
 
@@ -22,3 +22,17 @@ class TeacherConfig:
     variant: str | None = None
     vae: str | None = None
     config: str | None = None
+
+
+@dataclass
+class EyeConfig:
+    """Which vision model a discriminator of pictures looks through.
+
+    Attributes:
+        path: a folder or hub id (org/name, org/name@revision) of a vision transformer with its image settings, or "demo" for
+            the small one that ships.
+        size: pixels a side that pictures are resized to for it; the checkpoint's own by default.
+    """
+
+    path: str = "facebook/dinov2-small"
+    size: int | None = None

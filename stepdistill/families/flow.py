@@ -99,6 +99,9 @@ class FlowModel(Model, ABC):
     def decode(self, latents: Tensor) -> Tensor:
         return self.autoencoder.decode(latents)
 
+    def _checkpoint_decoder(self) -> None:
+        self.autoencoder.checkpoint_activations()
+
     @property
     @abstractmethod
     def text_lengths(self) -> tuple[int, ...]:

@@ -18,6 +18,7 @@ from .config import TeacherConfig
 
 DEMO_TEACHER = Path(__file__).resolve().parent.parent / "demo" / "teacher"
 DEMO_JUDGE = DEMO_TEACHER.with_name("judge")
+DEMO_EYE = DEMO_TEACHER.with_name("eye")
 STUDENT = "stepdistill.json"  # beside what training exports
 FIX = (
     "give --teacher.path a Diffusers folder (with model_index.json), a hub id such as org/name, or a .safetensors file"

@@ -104,6 +104,19 @@ class Model(ABC):
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels [B, 3, H, W] in about [-1, 1] of scaled latents [B, C, h, w]; differentiable."""
 
+    def example(self) -> tuple[tuple[int, int, int], Cond]:
+        """(the shape of a latent, conditions of some samples), for networks that are made to measure."""
+        return self.latent_shape, self.conditions(self.examples)
+
+    def checkpoint_activations(self, student: Denoiser, wanted: bool = True) -> None:
+        """If `wanted`, gradients through the student and through :meth:`decode` take less memory and more compute."""
+        student.checkpoint_activations(wanted)
+        if wanted:
+            self._checkpoint_decoder()
+
+    def _checkpoint_decoder(self) -> None:
+        """Families that decode by a network have it computed again in backward."""
+
     @abstractmethod
     def pipeline(self, student: Denoiser | None = None) -> DiffusionPipeline:
         """A stock pipeline over the teacher (adapters off) or the student, sharing all weights in memory.

@@ -80,6 +80,9 @@ class StableDiffusionXL(Model):
     def decode(self, latents: Tensor) -> Tensor:
         return self.autoencoder.decode(latents)
 
+    def _checkpoint_decoder(self) -> None:
+        self.autoencoder.checkpoint_activations()
+
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Cond:
         """`prompt_embeds` [B, L, D1 + D2], the last states but one of both; `pooled_prompt_embeds` [B, P] of the second."""

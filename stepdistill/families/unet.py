@@ -178,6 +178,9 @@ class StableDiffusion(Model):
     def decode(self, latents: Tensor) -> Tensor:
         return self.autoencoder.decode(latents)
 
+    def _checkpoint_decoder(self) -> None:
+        self.autoencoder.checkpoint_activations()
+
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Cond:
         tokens = text.tokenize(self.tokenizer, prompts)

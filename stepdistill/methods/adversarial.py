@@ -7,20 +7,21 @@ that says when the game has broken down.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..batch import Cond
+from ..batch import Batch, Cond
 from ..config import CommaList
-from ..diffusion.losses import GanLoss, discriminator_loss, generator_loss, mse
+from ..diffusion.losses import GanLoss, discriminator_loss, generator_loss, mse, r1
 from ..diffusion.schedule import NoiseSchedule, Tabulated
 from ..diffusion.timesteps import choice
 from ..errors import InputError
 from ..networks.denoiser import Denoiser
+from ..networks.discriminator import Discriminator
 
 AMPLIFIED = 5.0  # sigma / alpha up to which an eps student may begin; 14.6 at the end of Stable Diffusion's table
 
@@ -118,6 +119,31 @@ def judgement(kind: GanLoss, real: Sequence[Tensor], fake: Sequence[Tensor]) -> 
     return loss, metrics
 
 
+def discrimination(
+    kind: GanLoss,
+    discriminator: Discriminator,
+    real: Sequence[Tensor],
+    made: Sequence[Tensor],
+    condition: Tensor,
+    gamma: float = 0.0,
+) -> tuple[dict[str, Tensor], dict[str, Tensor], list[Tensor]]:
+    """(the discriminator's terms, metrics, its logits on the real samples) from the features of both, [B, C, h, w] each.
+
+    Args:
+        condition: what they are judged with, [B, D].
+        gamma: of R1 on the heads' inputs at real samples (arXiv 2311.17042, section 3.2), taken in float32.
+    """
+    if gamma:
+        real = [feature.float().requires_grad_(True) for feature in real]
+    logits = discriminator(real, condition)
+    loss, metrics = judgement(kind, logits, discriminator(made, condition))
+    terms = {"real_or_made": loss}
+    if gamma:
+        metrics["r1"] = over_heads([r1(*pair) for pair in zip(logits, real, strict=True)])
+        terms["r1_penalty"] = gamma / 2 * metrics["r1"]
+    return terms, metrics, logits
+
+
 def deception(kind: GanLoss, fake: Sequence[Tensor]) -> Tensor:
     """The student's adversarial loss over the logits [B, n] of each head."""
     return over_heads([generator_loss(kind, logits) for logits in fake])
@@ -129,7 +155,14 @@ def over_heads(values: Sequence[Tensor]) -> Tensor:
 
 
 def distillation(
-    teacher: Denoiser, x_hat: Tensor, t: Tensor, eps: Tensor, cond: Cond, uncond: Cond, w: float = 0.0
+    teacher: Denoiser,
+    x_hat: Tensor,
+    t: Tensor,
+    eps: Tensor,
+    cond: Cond,
+    uncond: Cond,
+    w: float = 0.0,
+    distance: Callable[[Tensor, Tensor], Tensor] = mse,
 ) -> Tensor:
     """c(t) |x_hat - x0_teacher(sg(alpha x_hat + sigma eps), t)|^2, c = alpha_t (arXiv 2311.17042, eq. 4); [B].
 
@@ -139,13 +172,14 @@ def distillation(
         x_hat: the student's samples, [B, ...].
         t, eps: of the teacher's input.
         w: its guidance.
+        distance: of x_hat and what the teacher makes of it, [B] each; it may be measured elsewhere, as on decoded pixels.
     """
     with torch.no_grad():
         x_t = teacher.schedule.add_noise(x_hat, eps, t)
         scale = torch.full((len(t),), w, dtype=torch.float64)
         guided = teacher.guide(x_t, t, cond, uncond, scale) if w else teacher(x_t, t, cond)
         wanted = guided.x0
-    return teacher.schedule.alpha(t).to(x_hat) * mse(x_hat, wanted)
+    return teacher.schedule.alpha(t).to(x_hat) * distance(x_hat, wanted)
 
 
 def diversity(one: Tensor, other: Tensor, data: Tensor) -> Tensor:
@@ -155,6 +189,16 @@ def diversity(one: Tensor, other: Tensor, data: Tensor) -> Tensor:
     """
     apart = (0.5 * mse(one, other)).sqrt()
     return (apart / data.flatten(1).std(1, correction=0).clamp(min=1e-6).to(apart)).mean()
+
+
+@torch.no_grad()
+def two_samples(student: Denoiser, times: StudentTimes, batch: Batch) -> Tensor:
+    """The :func:`diversity` of two samples of each prompt, made in one step."""
+    x0 = batch.data()
+    first = times.grid[:1].expand(len(batch))
+    noises = [batch.rng.normal(f"guard {i}", x0.shape[1:], x0.dtype) for i in (0, 1)]
+    one, other = (student(noise, first, batch.cond).x0 for noise in noises)
+    return diversity(one, other, x0)
 
 
 class CollapseGuard:

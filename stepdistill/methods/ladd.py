@@ -18,98 +18,46 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..batch import Batch, Cond
 from ..config import CommaList
-from ..diffusion.losses import GanLoss, approximate_r1, r1
+from ..diffusion.losses import approximate_r1
 from ..diffusion.timesteps import logit_normal, trainable
-from ..errors import InputError
 from ..method import Losses, Method, Phase
 from ..networks.denoiser import Denoiser
 from ..networks.discriminator import DenoiserFeatures
 from ..networks.network import Network, parameter_bytes
-from .adversarial import CollapseGuard, StudentTimes, deception, distillation, diversity, judgement, numbers, over_heads
+from .adversarial import CollapseGuard, deception, discrimination, distillation, over_heads, two_samples
+from .adversarial_config import AdversarialConfig
 
 
 @dataclass
-class LADDConfig:
+class LADDConfig(AdversarialConfig):
     """Latent adversarial diffusion distillation.
 
     Attributes:
-        times: of the student, which are also the times that it is sampled at, decreasing; a lower first time is for eps models.
-        probabilities: of each of them.
-        warmup_probabilities: the same while the student warms up.
-        warmup_steps: optimizer steps of that.
         noise_mean: m of the noise level at which the discriminator looks, sigmoid(m + s z) with z ~ N(0, 1).
         noise_std: s of the same.
-        loss_type: hinge or non_saturating.
         taps: the teacher's modules that get a head, comma separated; by default all attention blocks.
-        head_width: channels within a head.
-        discriminator_rate: its learning rate as a factor on the student's.
-        r1_gamma: R1, gamma / 2 of the squared gradient on the heads' inputs at real latents; 0 means none.
         approximate_r1: weight of approximate R1, for a look of the teacher more; 0 means none.
         approximate_r1_sigma: noise on the teacher's input in it.
-        r1_every: both penalties on every so many steps, multiplied by that number.
-        distillation: weight of the distance to what the teacher makes of the student's noised sample; 0 means none.
-        w: guidance of the teacher in that term (Diffusers' guidance_scale is w + 1).
-        guard_every: two samples of each prompt are compared every so many steps, to notice a collapse; 0 means never.
     """
 
-    times: CommaList = CommaList(("1", "0.75", "0.5", "0.25"))  # noqa: RUF009  # immutable
-    probabilities: CommaList = CommaList(("0.7", "0.1", "0.1", "0.1"))  # noqa: RUF009
+    probabilities: CommaList = CommaList(("0.7", "0.1", "0.1", "0.1"))  # noqa: RUF009  # immutable
     warmup_probabilities: CommaList = CommaList(("0", "0", "0.5", "0.5"))  # noqa: RUF009
     warmup_steps: int = 500
     noise_mean: float = 1.0
     noise_std: float = 1.0
-    loss_type: GanLoss = "hinge"
-    taps: CommaList | None = None
-    head_width: int = 64
-    discriminator_rate: float = 1.0
-    r1_gamma: float = 0.1
     approximate_r1: float = 0.0
     approximate_r1_sigma: float = 0.01
-    r1_every: int = 1
-    distillation: float = 0.0
-    w: float = 0.0
-    guard_every: int = 50
 
     def __post_init__(self) -> None:
-        self.student_times()
-        if self.loss_type not in get_args(GanLoss):
-            raise InputError(
-                f"expected loss_type in {get_args(GanLoss)}, got {self.loss_type!r}; fix --method.loss_type"
-            )
-        for name in ("head_width", "r1_every"):
-            if (value := vars(self)[name]) < 1:
-                raise InputError(f"expected {name} >= 1, got {value}; fix --method.{name}")
-        for name in (
-            "r1_gamma",
-            "approximate_r1",
-            "approximate_r1_sigma",
-            "distillation",
-            "w",
-            "noise_std",
-            "guard_every",
-        ):
-            if not 0 <= (value := vars(self)[name]) < float("inf"):
-                raise InputError(f"expected {name} >= 0, got {value}; fix --method.{name}")
-        if not self.discriminator_rate > 0:
-            raise InputError(
-                f"expected discriminator_rate > 0, got {self.discriminator_rate}; fix --method.discriminator_rate"
-            )
-
-    def student_times(self) -> StudentTimes:
-        """The student's times with their probabilities. InputError for impossible ones."""
-        return StudentTimes(
-            numbers(self.times, "times"),
-            numbers(self.probabilities, "probabilities"),
-            numbers(self.warmup_probabilities, "warmup_probabilities"),
-            self.warmup_steps,
-        )
+        super().__post_init__()
+        self.not_negative("approximate_r1", "approximate_r1_sigma", "noise_std")
 
 
 @dataclass(frozen=True)
@@ -185,20 +133,14 @@ class LADD(Method):
         look, config = self.look(batch), self.config
         penalised = self.taken % config.r1_every == 0
         real, made, *near = self._looked_at(batch, near=penalised and config.approximate_r1 > 0)
-        if penalised and config.r1_gamma:
-            real = [feature.float().requires_grad_(True) for feature in real]
-        logits = self.discriminator(real, look.condition)
-        loss, metrics = judgement(config.loss_type, logits, self.discriminator(made, look.condition))
-        terms = {"real_or_made": loss}
-        if penalised and config.r1_gamma:
-            metrics["r1"] = over_heads([r1(*pair) for pair in zip(logits, real, strict=True)])
-            terms["r1_penalty"] = config.r1_every * config.r1_gamma / 2 * metrics["r1"]
+        gamma = config.r1_every * config.r1_gamma if penalised else 0.0
+        terms, metrics, logits = discrimination(config.loss_type, self.discriminator, real, made, look.condition, gamma)
         for features in near:
             pairs = zip(logits, self.discriminator(features, look.condition), strict=True)
             metrics["approximate_r1"] = over_heads([approximate_r1(*pair) for pair in pairs])
             terms["approximate_r1_penalty"] = config.r1_every * config.approximate_r1 * metrics["approximate_r1"]
         if config.guard_every and self.taken % config.guard_every == 0:
-            metrics["diversity"] = self._diversity(batch)
+            metrics["diversity"] = two_samples(self.student, self.times, batch)
         return Losses(terms, metrics, count=len(batch))
 
     @torch.no_grad()
@@ -214,15 +156,6 @@ class LADD(Method):
             n = batch.rng.normal("perturbation", inputs[0].shape[1:], inputs[0].dtype)
             inputs.append(inputs[0] + self.config.approximate_r1_sigma * n)
         return self.features.of_each(inputs, look.level, batch.cond)
-
-    @torch.no_grad()
-    def _diversity(self, batch: Batch) -> Tensor:
-        """Of two samples of each prompt, made in one step."""
-        x0 = batch.data()
-        first = self.times.grid[:1].expand(len(batch))
-        noises = [batch.rng.normal(f"guard {i}", x0.shape[1:], x0.dtype) for i in (0, 1)]
-        one, other = (self.student(noise, first, batch.cond).x0 for noise in noises)
-        return diversity(one, other, x0)
 
     def deceive(self, batch: Batch) -> Losses:
         """The student's loss; its gradient comes back through the frozen teacher, to the noised sample."""

@@ -3,7 +3,7 @@
 Each tapped feature map gets a head of its own, which gives a logit for each place of the map, judged together with a
 condition by projection (arXiv 1802.05637). The heads are those of StyleGAN-T (arXiv 2301.09515) in two dimensions, as LADD
 (arXiv 2403.12015) has them, with norms that know no batch. Where the features come from is another object's matter:
-:class:`DenoiserFeatures` reads them from a diffusion teacher.
+:class:`DenoiserFeatures` reads them from a diffusion teacher, and :class:`.image_features.ImageFeatures` from pictures.
 """
 
 from __future__ import annotations
@@ -131,6 +131,14 @@ class Discriminator(Network):
                 module.advance()
 
 
+def heads_for(features: Sequence[Tensor], condition: Tensor, width: int, seed: int = 0) -> Discriminator:
+    """Heads for features [B, C, h, w] like these, in units of their size, and conditions [B, D]; on their device."""
+    scales = [float(feature.float().square().mean().sqrt()) or 1.0 for feature in features]
+    found = Discriminator([f.shape[1] for f in features], condition.shape[1], width, scales, seed)
+    found.module.to(condition.device)
+    return found
+
+
 class DenoiserFeatures:
     """What a discriminator looks at: features inside a frozen denoiser, and the condition they are judged with.
 
@@ -199,10 +207,7 @@ class DenoiserFeatures:
         t = trainable(torch.full((count,), PROBED, dtype=torch.float64), self.backbone.schedule)
         condition = self.condition(t, cond)
         features = self(noise.to(condition.device), t, cond)
-        scales = [float(feature.float().square().mean().sqrt()) or 1.0 for feature in features]
-        found = Discriminator([f.shape[1] for f in features], condition.shape[1], width, scales, seed)
-        found.module.to(condition.device)
-        return found
+        return heads_for(features, condition, width, seed)
 
 
 def sinusoids(t: Tensor, channels: int) -> Tensor:

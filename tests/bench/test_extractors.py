@@ -13,11 +13,11 @@ import pytest
 import torch
 from vision import PROJECTION, SIDE, WIDTH, build, images, pixels, save
 
-from stepdistill.bench import towers
 from stepdistill.bench.extractors import InceptionFeatures, VisionFeatures, open_features
 from stepdistill.bench.features import JudgeFeatures, hash_weights
 from stepdistill.bench.judge import Judge
 from stepdistill.errors import InputError
+from stepdistill.families import towers
 from stepdistill.families.loading import DEMO_JUDGE
 
 KINDS = {

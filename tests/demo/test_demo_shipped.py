@@ -9,10 +9,13 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from stepdistill.batch import Batch
 from stepdistill.bench.judge import Judge
-from stepdistill.demo import stages, teacher
+from stepdistill.demo import eye, making, stages, teacher
 from stepdistill.demo.world import ATTRIBUTES, TEST_SEED, World
-from stepdistill.families.loading import DEMO_JUDGE, DEMO_TEACHER
+from stepdistill.families import EyeConfig, open_eye
+from stepdistill.families.loading import DEMO_EYE, DEMO_JUDGE, DEMO_TEACHER
+from stepdistill.randomness import StepRandom
 
 COUNT, DECODED = 1000, 600
 TEST = World(TEST_SEED)
@@ -92,7 +95,7 @@ def test_precision_and_size():
 
 
 def test_no_file_tells_where_it_was_made():
-    for file in (*DEMO_TEACHER.rglob("*.json"), *DEMO_JUDGE.rglob("*.json")):
+    for file in (*DEMO_TEACHER.rglob("*.json"), *DEMO_JUDGE.rglob("*.json"), *DEMO_EYE.rglob("*.json")):
         found = json.loads(file.read_text(encoding="utf-8"))
         assert not str(found.get("_name_or_path", "")), f"{file}: take _name_or_path out"
 
@@ -129,3 +132,36 @@ def test_reconstructions_are_read_as_well_as_their_originals(judge, vae):
     shares = {kind: sum(parts) / len(parts) for kind, parts in lost.items()}
     assert list(shares) == ["layout", "shape", "colour", "ground", "texture"]
     assert max(shares.values()) <= 0.01, shares
+
+
+def test_the_eye_is_a_small_dinov2_in_fp16_that_is_opened_as_a_real_one():
+    (weights,) = DEMO_EYE.glob("*.safetensors")
+    assert dtypes(weights) == {torch.float16} and weights.stat().st_size <= 1.2e6
+    made = eye.eye()
+    assert 0.4e6 < teacher.parameters(made) < 0.6e6
+    opened = open_eye(EyeConfig("demo"))
+    stored = {name: value.shape for name, value in opened.net.module.state_dict().items()}
+    assert stored == {name: value.shape for name, value in made.state_dict().items()}
+    assert opened.size == (64, 64) and opened.names == tuple(f"encoder.layer.{i}" for i in range(4))
+    maps = opened(TEST.pixels(range(2)))
+    assert [tuple(m.shape) for m in maps] == [(2, 96, 8, 8)] * 4 and maps[0].dtype == torch.float32
+
+
+@torch.no_grad()
+def test_the_eye_knows_what_is_hidden():
+    """Far more of it can be read, linearly, from its tokens than from those of an eye that was never trained."""
+    pixels, rng = TEST.pixels(range(400)), StepRandom(0, 0, range(400))
+    batch = Batch(pixels, {}, {}, rng)
+
+    def error(net) -> float:
+        hidden = eye.Masking(eye.MaskingConfig(), net).hidden(batch)
+        tokens = net(pixel_values=pixels, bool_masked_pos=hidden).last_hidden_state
+        known = torch.cat([tokens[:, :1].expand(-1, 64, -1), tokens[:, 1:], torch.ones(400, 64, 1)], 2)
+        (x, other), (y, wanted) = (
+            (part[:300][hidden[:300]], part[300:][hidden[300:]]) for part in (known, eye.patches(pixels))
+        )
+        ridge = x.T @ x + 1e-2 * len(x) * torch.eye(x.shape[1])
+        return float((other @ torch.linalg.solve(ridge, x.T @ y) - wanted).abs().mean())
+
+    fresh = making.made(0, eye.eye).eval()
+    assert error(open_eye(EyeConfig("demo")).net.module) < 0.7 * error(fresh)

@@ -19,8 +19,9 @@ PARTS = {
     "vae": "teacher/vae/diffusion_pytorch_model.safetensors",
     "text": "teacher/text_encoder/model.safetensors",
     "judge": "judge/judge.safetensors",
+    "eye": "eye/model.safetensors",
 }
-STAGES = ("judge", "text", "autoencoder", "decoder", "unet")
+STAGES = ("judge", "eye", "text", "autoencoder", "decoder", "unet")
 
 
 @pytest.fixture(scope="module")
@@ -70,5 +71,6 @@ def test_the_scale_of_latents_stays_what_the_denoiser_knows(made: dict[str, Path
 
 def test_what_is_written_does_not_tell_where_it_came_from(made: dict[str, Path]) -> None:
     files = [file for name in ("new", "on") for file in made[name].glob("teacher/*/config.json")]
-    assert len(files) == 6
+    files += [made[name] / "eye" / "config.json" for name in ("new", "on")]
+    assert len(files) == 8
     assert not [file for file in files if str(DEMO) in file.read_text(encoding="utf-8")]

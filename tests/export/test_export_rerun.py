@@ -160,7 +160,10 @@ def test_a_folder_without_config_or_checkpoints_is_named(base: Path, tmp_path: P
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("LCM", None), ("Denoising", r"method that exports \(LCM, Progressive, LADD, GuidanceDistill\), got Denoising")],
+    [
+        ("LCM", None),
+        ("Denoising", r"method that exports \(LCM, Progressive, LADD, ADD, GuidanceDistill\), got Denoising"),
+    ],
 )
 def test_the_checkpoint_says_which_method_it_was(base: Path, run: Path, name: str, message: str | None) -> None:
     CheckpointStore(run / "checkpoints").save(20, {"student": tensors(base, 20)}, {"run": {"method": name}})

@@ -147,6 +147,8 @@ def test_a_stock_pipeline_needs_no_more_than_a_number_of_steps(
 class FlowModel:
     """As much of a flow-matching model as an export asks for."""
 
+    usual_guidance = 3.5
+
     def __init__(self) -> None:
         self.denoiser = Convolutional(Flow(), "flow")
         self.denoiser.module.requires_grad_(True)
@@ -164,6 +166,7 @@ def test_on_a_flow_the_sigmas_are_handed_over() -> None:
     model: Any = FlowModel()
     times = (1.0, 0.9, 0.5, 0.2)  # of any spacing
     plan = ladd_sampling(config(times), model)
+    assert plan.guidance_scale == 1.0 and plan.guidance_range is None, "it has no input for guidance"
     assert plan.timesteps == {} and plan.sigmas == {"1": [1.0], "2": [1.0, 0.5], "4": list(times)}
     scheduler = type(plan.scheduler).from_config(json.loads(json.dumps(dict(plan.scheduler.config))))
     assert type(scheduler).__name__ == "FlowMatchLCMScheduler"

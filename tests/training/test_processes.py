@@ -49,7 +49,7 @@ def test_two_processes_compute_what_one_does(tmp_path: Path) -> None:
     ranks(tmp_path / "1")
     launched("ranks", tmp_path / "2", processes=2)
     one, two = tmp_path / "1", tmp_path / "2"
-    for run in ("regression", "duel", "uneven", "lcm", "shared", "ladder-full", "ladd-full"):
+    for run in ("regression", "duel", "uneven", "lcm", "shared", "ladder-full", "ladd-full", "add-full"):
         agree(two / run, one / run)
     # what two processes saved one goes on with: the same samples, and the same end
     method, data = Regression(), Numbers()
@@ -86,7 +86,7 @@ def test_two_processes_train_a_lora_of_stable_diffusion_as_one_does(tmp_path: Pa
     (tensors, _), (others, _) = saved(two), saved(one)
     for name in (n for n in others if n.startswith("student/")):
         assert_close(tensors[name], others[name], rtol=1e-5, atol=5e-6)  # a step moves a weight by up to 1e-3
-    for run in ("ladder-lora", "ladd-lora"):
+    for run in ("ladder-lora", "ladd-lora", "add-lora"):
         agree(tmp_path / "2" / run, tmp_path / "1" / run)
 
 

@@ -15,12 +15,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from ..errors import InputError
-from .features import Images
 
+Images = NDArray[np.uint8]
+"""[N, H, W, 3], 0-255."""
 Size = tuple[int, int]  # height, width
 STEPS = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")
 # settings that change what a network sees, and image processors whose resize or crop is not what their settings say

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 
 from ..errors import InputError
-from ..families.loading import BROKEN, hub_is_reachable, is_local
+from .loading import BROKEN, hub_is_reachable, is_local
+
+CLIPS = ("clip", "clip_vision_model")  # `model_type` of a whole CLIP and of its vision part alone
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,28 @@ class Tower:
                 f"{', '.join(others[:3])}; {self.fix}"
             )
         return module.requires_grad_(False).eval(), sorted(info["missing_keys"])
+
+    def vision_model(self, config: Any) -> Any:
+        """The part for images, with all of its weights from the checkpoint; a pooler that has none there is taken off."""
+        from transformers import AutoModel, CLIPVisionModelWithProjection
+
+        projects = config.model_type in CLIPS and "CLIPVisionModel" not in (config.architectures or ())
+        if "vision_config" in config.to_dict():
+            whole, config = config, config.vision_config
+            if projects:  # some CLIPs say the true size of the projection only once
+                config.projection_dim = whole.projection_dim
+        cls = CLIPVisionModelWithProjection if projects else AutoModel
+        module, missing = self.load(cls, "a vision model", config=config)
+        if module.main_input_name != "pixel_values":
+            raise InputError(
+                f"expected a vision model at {self}, got {type(module).__name__}, which reads "
+                f"{module.main_input_name}; {self.fix}"
+            )
+        if any(key.startswith("pooler.") for key in missing):
+            module.pooler = None
+            missing = [key for key in missing if not key.startswith("pooler.")]
+        self.complete("vision model", missing)
+        return module
 
     def complete(self, name: str, missing: list[str]) -> None:
         """InputError where weights are missing: transformers would draw them at random."""

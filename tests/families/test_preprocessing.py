@@ -13,8 +13,8 @@ from PIL import Image
 from vision import MEAN, SETTINGS, SIDE, STD, build, images, pixels, save
 
 from stepdistill.bench.extractors import VisionFeatures
-from stepdistill.bench.preprocessing import Preprocessing
 from stepdistill.errors import InputError
+from stepdistill.families.preprocessing import Preprocessing
 
 
 def look(**settings: Any) -> Preprocessing:

@@ -12,11 +12,11 @@ import pytest
 import torch
 from vision import build, images, save, tokenizer
 
-from stepdistill.bench import towers
 from stepdistill.bench.extractors import VisionFeatures, open_features
 from stepdistill.bench.scores import ClipScore
-from stepdistill.bench.towers import Tower
 from stepdistill.errors import InputError
+from stepdistill.families import towers
+from stepdistill.families.towers import Tower
 
 
 @pytest.fixture
