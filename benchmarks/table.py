@@ -139,6 +139,10 @@ BLOCKS = (
     Block("docs/demo.md", "three seeds", RESULTS / "demo_lcm_lora.json", results_table),
     Block("docs/demo.md", "ladders", RESULTS / "demo_progressive.json", results_table),
     Block("docs/demo.md", "long ladder", RESULTS / "demo_progressive_long.json", results_table),
+    Block("docs/demo.md", "adversarial", RESULTS / "demo_ladd.json", results_table),
+    Block("docs/demo.md", "adversarial, longer", RESULTS / "demo_ladd_long.json", results_table),
+    Block("docs/demo.md", "adversarial adapter", RESULTS / "demo_ladd_lora.json", results_table),
+    Block("docs/demo.md", "adversarial, in pixels", RESULTS / "demo_add.json", results_table),
     Block("docs/guides/how_many_steps.md", "curve", RESULTS / "steps_vs_quality.json", curve),
     Block("docs/guides/how_many_steps.md", "metric cost", RESULTS / "metric_cost.json", metric_cost),
 )
