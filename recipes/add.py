@@ -46,6 +46,7 @@ def main(parsed: Parsed[Recipe]) -> None:
     source = open_source(r.data)
     eye = families.open_eye(r.eye, r.method.taps).to(trainer.device)
     model = families.load(r.teacher, trainer.weight_dtype).to(trainer.device)
+    trainer.teacher = model.denoiser_hash()
     student = model.denoiser.student(r.student, r.train.seed)
     model.checkpoint_activations(student, r.train.gradient_checkpointing)
     method = ADD(r.method, student, model.denoiser, eye, model.decode, *model.example(), r.train.seed)
