@@ -83,6 +83,8 @@ def test_what_a_run_leaves_behind(finished: Any) -> None:
     assert [row["step"] for row in rows] == [1, 2, 3] and [("diversity" in row) for row in rows] == [True, False, True]
     assert all({"logit_real", "logit_fake", "accuracy", "r1", "distillation"} <= row.keys() for row in rows)
     assert [p.name for p in (folder / "samples").iterdir()] == ["000003.png"]
+    (last,) = (folder / "checkpoints").glob("*3/state.json")
+    assert json.loads(last.read_text())["teacher"], "by which another one is refused when the run goes on"
 
 
 @torch.no_grad()
