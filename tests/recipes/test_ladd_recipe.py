@@ -1,6 +1,7 @@
 """The adversarial recipe as users run it: an export that a stock pipeline samples as our solver does, resumed, refused."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -121,6 +122,16 @@ def test_a_finished_run_resumed_is_the_same_run(recipe: Any, finished: Any) -> N
         after = load_file(path)
         assert tensors.keys() == after.keys() and all(torch.equal(after[name], t) for name, t in tensors.items())
     assert (folder / "metrics.jsonl").read_text() == metrics
+
+
+def test_no_other_teacher_may_take_its_place(recipe: Any, finished: Any, tmp_path: Path) -> None:
+    """Its features are what the heads know."""
+    folder, arguments = finished
+    run = shutil.copytree(folder, tmp_path / "run")
+    other = tiny_pipeline(tmp_path / "sd", prediction_type="v_prediction", rescale_betas_zero_snr=True, seed=1)
+    again = [*arguments, "--output_dir", run, "--train.resume_from_checkpoint", "latest", "--teacher.path", other]
+    with pytest.raises(InputError, match=r"expected the teacher of checkpoint .*/3, got other.*--teacher\.path"):
+        run_in_process(recipe, again)
 
 
 def test_the_run_is_exported_again(finished: Any, tmp_path: Path) -> None:
