@@ -167,10 +167,9 @@ def rows_of(examples: Sequence[Example], tokenizer: Any, size: int, prompt: int 
 
 def _completion(example: Example, tokenizer: Any) -> Row:
     """Prompt and completion, tokenised apart so that their border is one between tokens; an empty completion is its end."""
-    prompt = tuple(tokenizer(example.prompt, add_special_tokens=True, verbose=False)["input_ids"])
-    ends = {tokenizer.eos_token_id, tokenizer.sep_token_id} - {tokenizer.bos_token_id, None}
-    while prompt and prompt[-1] in ends:  # some tokenizers end each text of their own accord
-        prompt = prompt[:-1]
+    begin = tokenizer("", verbose=False)["input_ids"][:1]  # what some tokenizers put before a text; what they put after it goes
+    begin = begin if begin == [tokenizer.bos_token_id] else []
+    prompt = (*begin, *tokenizer(example.prompt, add_special_tokens=False, verbose=False)["input_ids"])
     if not prompt:
         raise InputError(f"expected a prompt of one token or more, got {example.prompt!r}; fix or drop that row")
     if example.completion is None:

@@ -15,6 +15,7 @@ from ..data.tokens import TokenRows, Tokens
 from ..errors import InputError
 from ..method import Losses, Method
 from ..networks.network import Network
+from .chunked import CHUNK
 from .divergences import Divergence
 from .language_model import check_weights, token_loss
 from .networks import CausalLM, smaller_teacher
@@ -35,7 +36,7 @@ class GKDConfig:
         divergence: between the next-token distributions; jsd with beta 0.5 by default.
         kd_weight: of the divergence.
         ce_weight: of the cross-entropy on the data's text, in the steps that use it.
-        chunk_size: tokens whose logits exist at once; by default what keeps them small.
+        chunk_size: tokens whose logits exist at once: memory against speed, the same result.
     """
 
     lmbda: float = LMBDA
@@ -44,7 +45,7 @@ class GKDConfig:
     divergence: Divergence = field(default_factory=lambda: Divergence("jsd"))
     kd_weight: float = 1.0
     ce_weight: float = 0.0
-    chunk_size: int | None = None
+    chunk_size: int = CHUNK
 
     def __post_init__(self) -> None:
         check_weights(self.kd_weight, self.ce_weight)
@@ -57,7 +58,7 @@ class GKDConfig:
                 "drop --method.lmbda"
             )
         for name in ("max_new_tokens", "chunk_size"):
-            if (number := vars(self)[name]) is not None and number < 1:
+            if (number := vars(self)[name]) < 1:
                 raise InputError(f"expected {name} >= 1, got {number}; fix --method.{name}")
 
     @property

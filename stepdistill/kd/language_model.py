@@ -11,14 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch.nn import functional
 
 from ..batch import Batch
 from ..data.tokens import Tokens
 from ..errors import InputError
 from ..method import Losses, Method
 from ..networks.network import Network
-from .chunked import chunked_loss
+from .chunked import CHUNK, chunked_loss
 from .divergences import Divergence
 from .networks import CausalLM, smaller_teacher
 from .reduction import Objective, TokenLoss, dense_loss, next_token
@@ -32,17 +31,17 @@ class LanguageModelKDConfig:
         divergence: between the two next-token distributions, and its temperature.
         kd_weight: of the divergence.
         ce_weight: of the cross-entropy on the text itself, at temperature 1.
-        chunk_size: tokens whose logits exist at once; by default what keeps them small.
+        chunk_size: tokens whose logits exist at once: memory against speed, the same result.
     """
 
     divergence: Divergence = field(default_factory=Divergence)
     kd_weight: float = 1.0
     ce_weight: float = 0.0
-    chunk_size: int | None = None
+    chunk_size: int = CHUNK
 
     def __post_init__(self) -> None:
         check_weights(self.kd_weight, self.ce_weight)
-        if self.chunk_size is not None and self.chunk_size < 1:
+        if self.chunk_size < 1:
             raise InputError(f"expected chunk_size >= 1, got {self.chunk_size}; fix --method.chunk_size")
 
     def objective(self) -> Objective:
@@ -98,27 +97,23 @@ class NextToken(Method):
         return {"student": self.student}
 
     def training_step(self, batch: Batch) -> Losses:
-        tokens = Tokens.of(batch)
-        logits = self.student(tokens.input_ids, tokens.attention_mask)
-        rows, labels, mask = next_token(logits, tokens.input_ids, tokens.loss_mask, tokens.attention_mask)
-        count = mask.sum()
-        # by hand over the masked tokens: a mean over none of them is NaN, and its gradient too
-        total = functional.cross_entropy(rows[mask].float(), labels[mask], reduction="sum")
-        return Losses({"cross_entropy": total / count.clamp(min=1)}, count=count)
+        found = token_loss(Objective(kd_weight=0.0, ce_weight=1.0), self.student, None, Tokens.of(batch))
+        return Losses({"cross_entropy": found.mean}, count=float(found.count))
 
 
 def token_loss(
-    objective: Objective, student: CausalLM, teacher: CausalLM, tokens: Tokens, chunk_size: int | None = None
+    objective: Objective, student: CausalLM, teacher: CausalLM | None, tokens: Tokens, chunk_size: int = CHUNK
 ) -> TokenLoss:
-    """The objective summed over the targets of `tokens`; the teacher has no graph."""
+    """The objective summed over the targets of `tokens`; the teacher has no graph, and may be None where it has no weight."""
     given = tokens.input_ids, tokens.attention_mask
     targets = tokens.input_ids, tokens.loss_mask, tokens.attention_mask
-    if student.is_factored and teacher.is_factored:
+    factored = student.is_factored and (teacher is None or teacher.is_factored)
+    theirs = None
+    if teacher is not None:
         with torch.no_grad():
-            theirs, _, _ = next_token(teacher.hidden(*given), *targets)
-        ours, labels, mask = next_token(student.hidden(*given), *targets)
-        return chunked_loss(objective, ours, student.head, theirs, teacher.head, mask, labels, chunk_size)
-    with torch.no_grad():
-        theirs, _, _ = next_token(teacher(*given), *targets)
-    ours, labels, mask = next_token(student(*given), *targets)
-    return dense_loss(objective, ours, theirs, mask, labels)
+            theirs, _, _ = next_token(teacher.hidden(*given) if factored else teacher(*given), *targets)
+    ours, labels, mask = next_token(student.hidden(*given) if factored else student(*given), *targets)
+    if not factored:
+        return dense_loss(objective, ours, theirs, mask, labels)
+    head = None if teacher is None else teacher.head
+    return chunked_loss(objective, ours, student.head, theirs, head, mask, labels, chunk_size)

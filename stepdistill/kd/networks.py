@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -16,34 +15,11 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..networks.lora import Adapters, StudentConfig
 from ..networks.network import Network
+from .chunked import Head
 
 LOGIT_SCALES = ("logit_scale", "lm_head_multiplier")  # factors on the logits, by their names in configs
 LOGIT_DIVISORS = ("logits_scaling",)
 SOFT_CAP = "final_logit_softcapping"
-
-
-@dataclass(frozen=True)
-class Head:
-    """How logits come from the last hidden state h: z = scale (W h + b), then cap tanh(z / cap) where there is a cap.
-
-    Attributes:
-        weight: [V, H]; the input embeddings' own where the two are tied.
-        bias: [V], or None.
-        scale: 1 where the config names none.
-        softcap: None where the config names none.
-    """
-
-    weight: Tensor
-    bias: Tensor | None = None
-    scale: float = 1.0
-    softcap: float | None = None
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """[..., H] -> logits [..., V]."""
-        logits = nn.functional.linear(hidden, self.weight, self.bias)
-        if self.scale != 1.0:
-            logits = logits * self.scale
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
 class TransformersNetwork(Network):
@@ -141,14 +117,16 @@ class CausalLM(TransformersNetwork):
 
     @property
     def head(self) -> Head:
-        """The head with its live weights."""
-        layer, known = self._output_layer(), self.config.to_dict()
-        scale = 1.0
-        for name in LOGIT_SCALES:
-            scale *= known.get(name) or 1.0
-        for name in LOGIT_DIVISORS:
-            scale /= known.get(name) or 1.0
-        return Head(layer.weight, layer.bias, float(scale), known.get(SOFT_CAP))
+        """The output layer with its live weights, the input embeddings' own where the two are tied, and the config's soft-cap."""
+        layer = self._output_layer()
+        return Head(layer.weight, layer.bias, self.config.to_dict().get(SOFT_CAP))
+
+    @property
+    def _scale(self) -> float:
+        """Of the logits, by the config; on the hidden states here."""
+        known = self.config.to_dict()
+        factors = [known.get(name) or 1.0 for name in LOGIT_SCALES]
+        return float(math.prod(factors) / math.prod(known.get(name) or 1.0 for name in LOGIT_DIVISORS))
 
     def tapped(self, name: str, output: Any) -> Any:
         return output[0]  # the last hidden state, of a ModelOutput as of a tuple
@@ -166,12 +144,12 @@ class CausalLM(TransformersNetwork):
         return logits
 
     def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """What the head reads, [B, S, H], after the last norm. Only where :attr:`is_factored`."""
+        """What the head reads, [B, S, H], after the last norm, times the logits' scale. Only where :attr:`is_factored`."""
         with self.active(), self.taps((self._body,)) as kept:
             # through net, so that DDP knows of it, and with the logits of one place, which cost next to nothing
             self.net(**self._arguments(input_ids, attention_mask), logits_to_keep=1)
         hidden: Tensor = kept[self._body]
-        return hidden
+        return hidden if self._scale == 1.0 else hidden * self._scale
 
     def _head_explains_logits(self) -> bool:
         layer = self._output_layer()
@@ -180,7 +158,7 @@ class CausalLM(TransformersNetwork):
         ids = torch.arange(4, device=layer.weight.device)[None] % self.vocabulary
         with self.evaluating():
             mask = torch.ones_like(ids)
-            wanted, found = self(ids, mask).float(), self.head(self.hidden(ids, mask)).float()
+            wanted, found = self(ids, mask).float(), self.head.logits(self.hidden(ids, mask)).float()
         return bool((found - wanted).abs().max() <= 1e-2 * wanted.abs().max().clamp(min=1e-6)) and found.shape == wanted.shape
 
     def lora_targets(self) -> tuple[str, ...]:
