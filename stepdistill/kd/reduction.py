@@ -40,14 +40,6 @@ class Objective:
                 f"expected weights of at least 0, one of them above, got {weights}; fix --method.kd_weight, --method.ce_weight"
             )
 
-    def check(self, tokens: int, mask: Tensor, labels: Tensor | None) -> None:
-        """ValueError unless mask and labels have a place for each token, and labels are there if they are needed."""
-        if mask.dtype != torch.bool or mask.numel() != tokens:
-            raise ValueError(f"expected a bool mask of {tokens} tokens, got {mask.dtype} {list(mask.shape)}")
-        if self.ce_weight and (labels is None or labels.shape != mask.shape):
-            found = "none" if labels is None else list(labels.shape)
-            raise ValueError(f"expected labels {list(mask.shape)} for the cross-entropy, got {found}")
-
 
 @dataclass(frozen=True)
 class TokenLoss:
@@ -87,22 +79,57 @@ def masked_sum(values: Tensor, mask: Tensor) -> tuple[Tensor, int]:
 
 
 def dense_loss(
-    objective: Objective, student_logits: Tensor, teacher_logits: Tensor, mask: Tensor, labels: Tensor | None = None
+    objective: Objective,
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    mask: Tensor,
+    labels: Tensor | None = None,
 ) -> TokenLoss:
     """The objective of whole logits: student [..., V_S], teacher [..., V_T], mask [...] bool, labels [...] int64.
 
-    Rows and labels belong together already (:func:`next_token` shifts them). :func:`stepdistill.kd.chunked.chunked_loss` gives
-    the same from hidden states, without the logits.
+    Rows and labels belong together already (:func:`next_token` shifts them). The teacher may be None where the divergence has
+    no weight. :func:`stepdistill.kd.chunked.chunked_loss` gives the same from hidden states, without the logits.
     """
-    objective.check(student_logits[..., 0].numel(), mask, labels)
-    rows = mask.flatten().nonzero().squeeze(1)  # before any exp: what a masked token holds is never looked at
-    z, teacher = (x.flatten(0, -2).index_select(0, rows) for x in (student_logits, teacher_logits.detach()))
-    kd = objective.divergence(z, teacher).sum()
-    total, ce = objective.kd_weight * kd, kd.new_zeros(())
-    if objective.ce_weight and labels is not None:
-        ce = functional.nll_loss(log_probs(z), labels.flatten()[rows], reduction="sum")
+    rows, chosen = valid_rows(objective, student_logits, teacher_logits, mask, labels, student_logits.shape[-1])
+    z = student_logits.flatten(0, -2).index_select(
+        0, rows
+    )  # before any exp: what a masked token holds is never looked at
+    total = kd = ce = log_probs(z[:0]).sum()  # 0, with a graph
+    if objective.kd_weight and teacher_logits is not None:
+        kd = objective.divergence(z, teacher_logits.detach().flatten(0, -2).index_select(0, rows)).sum()
+        total = total + objective.kd_weight * kd
+    if chosen is not None:
+        ce = functional.nll_loss(log_probs(z), chosen, reduction="sum")
         total = total + objective.ce_weight * ce
     return TokenLoss(total, kd.detach(), ce.detach(), len(rows))
+
+
+def valid_rows(
+    objective: Objective, student: Tensor, teacher: Tensor | None, mask: Tensor, labels: Tensor | None, entries: int
+) -> tuple[Tensor, Tensor | None]:
+    """(numbers of the valid tokens [N], their labels [N] or None without a cross-entropy).
+
+    ValueError for shapes that do not belong together, for what the objective needs and is not there, and for valid tokens with
+    labels outside of [0, entries).
+    """
+    shape = student.shape[:-1]
+    if mask.dtype != torch.bool or mask.shape != shape:
+        raise ValueError(f"expected a bool mask {list(shape)}, got {mask.dtype} {list(mask.shape)}")
+    if objective.kd_weight and (teacher is None or teacher.shape[:-1] != shape):
+        found = "none" if teacher is None else list(teacher.shape[:-1])
+        raise ValueError(f"expected a teacher's outputs {list(shape)} for the divergence, got {found}")
+    rows = mask.flatten().nonzero().squeeze(1)
+    if not objective.ce_weight:
+        return rows, None
+    if labels is None or labels.shape != shape:
+        found = "none" if labels is None else list(labels.shape)
+        raise ValueError(f"expected labels {list(shape)} for the cross-entropy, got {found}")
+    chosen = labels.flatten().index_select(0, rows)
+    if len(chosen) and not 0 <= int(chosen.min()) <= int(chosen.max()) < entries:
+        raise ValueError(
+            f"expected labels in [0, {entries}) where the mask holds, got {int(chosen.min())} to {int(chosen.max())}"
+        )
+    return rows, chosen
 
 
 def length_mask(lengths: Tensor, size: int, starts: Tensor | None = None) -> Tensor:
