@@ -17,7 +17,9 @@ VOCABULARY, END = 40, 39
 FULL = StudentConfig(kind="full")
 
 
-def gpt2(seed: int, width: int = 16, layers: int = 1, vocabulary: int = VOCABULARY, positions: int = 32, **more: Any) -> Any:
+def gpt2(
+    seed: int, width: int = 16, layers: int = 1, vocabulary: int = VOCABULARY, positions: int = 32, **more: Any
+) -> Any:
     """A GPT-2 without dropout, its weights larger than they are usually at first, so that it has opinions."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -71,7 +73,9 @@ def uneven(count: int = 24, longest: int = 12, prompt: int = 0) -> TokenRows:
     return TokenRows(rows, END)
 
 
-def batch_of(rows: TokenRows, indices: Sequence[int], positions: Sequence[int] | None = None, seed: int = 0, step: int = 0) -> Batch:
+def batch_of(
+    rows: TokenRows, indices: Sequence[int], positions: Sequence[int] | None = None, seed: int = 0, step: int = 0
+) -> Batch:
     from stepdistill.randomness import StepRandom
 
     return rows.batch(indices, StepRandom(seed, step, indices if positions is None else positions))

@@ -13,7 +13,9 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-LEFT_OUT = frozenset(("site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "__pycache__"))
+LEFT_OUT = frozenset(
+    ("site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "__pycache__")
+)
 SHORTEST = 8  # words; below it a docstring is a label
 DEFINITIONS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
@@ -43,7 +45,9 @@ def _texts(file: Path) -> Iterator[str]:
         return
     nodes = [node for node in ast.walk(tree) if isinstance(node, DEFINITIONS)]
     for node in sorted(nodes, key=lambda node: getattr(node, "lineno", 0)):  # a module has no line
-        if (docstring := ast.get_docstring(node, clean=False)) and len((text := english(docstring)).split()) >= SHORTEST:
+        if (docstring := ast.get_docstring(node, clean=False)) and len(
+            (text := english(docstring)).split()
+        ) >= SHORTEST:
             yield text
 
 

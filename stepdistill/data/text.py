@@ -14,7 +14,7 @@ from .folder import suffix, visible
 
 SUFFIXES = (".txt", ".text", ".md", ".rst")
 POSSIBLE = (
-    'give --data.path "docstrings", a text file (documents separated by blank lines), a folder of text files (a document each), '
+    'give --data.path "docstrings", a text file (documents separated by blank lines), a folder of text files, '
     "or a data set of `datasets` (a hub id, or a folder or file of parquet, arrow, json, jsonl or csv)"
 )
 
@@ -95,7 +95,8 @@ def open_texts(config: TextConfig) -> Texts:
     words, so that a text that occurs twice is never on both sides.
     """
     pairs = _read(config)
-    train, held_out = [], []
+    train: list[Example] = []
+    held_out: list[Example] = []
     for group, example in pairs:
         share = key("held out", group)[0] / 2**64
         (held_out if share < config.held_out else train).append(example)
@@ -183,5 +184,7 @@ def _conversation(messages: Any, row: int) -> Example:
             )
         turns.append({"role": role, "content": content})
     if not any(turn["role"] == "assistant" for turn in turns):
-        raise InputError(f"expected an answer (role `assistant`) in the messages of row {row}, got none; fix or drop it")
+        raise InputError(
+            f"expected an answer (role `assistant`) in the messages of row {row}, got none; fix or drop it"
+        )
     return Example(messages=tuple(turns))

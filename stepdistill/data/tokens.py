@@ -41,7 +41,9 @@ class Tokens:
     def of(cls, batch: Batch) -> Tokens:
         """Those of a batch; ValueError where it has none."""
         if "input_ids" not in batch.extra:
-            raise ValueError("this method needs tokens (Batch.extra['input_ids']), got a data set without; use data/tokens.py")
+            raise ValueError(
+                "this method needs tokens (Batch.extra['input_ids']), got a data set without; use data/tokens.py"
+            )
         return cls(batch.extra["input_ids"], batch.extra["attention_mask"], batch.extra["loss_mask"])
 
     def targets(self) -> tuple[Tensor, Tensor]:
@@ -109,7 +111,9 @@ def padded(rows: Sequence[Sequence[Any]], fill: int | bool, left: bool = False) 
     out = torch.full((len(rows), longest), fill, dtype=torch.bool if isinstance(fill, bool) else torch.int64)
     for i, row in enumerate(rows):
         if row:
-            out[i, longest - len(row) if left else 0 : longest if left else len(row)] = torch.tensor(row, dtype=out.dtype)
+            out[i, longest - len(row) if left else 0 : longest if left else len(row)] = torch.tensor(
+                row, dtype=out.dtype
+            )
     return out
 
 
@@ -153,7 +157,7 @@ def conversations(examples: Sequence[Example], tokenizer: Any, size: int, prompt
         log.warning("%d of %d conversations have no answer within %d tokens and are left out", lost, len(cut), size)
     if not kept:
         raise InputError(
-            f"expected answers within the first {size} tokens of a conversation, got none in {len(cut)}; raise --data.block_size"
+            f"expected answers within {size} tokens of a conversation, got none in {len(cut)}; raise --data.block_size"
         )
     return TokenRows(kept, end_of_text(tokenizer))
 
@@ -167,7 +171,9 @@ def rows_of(examples: Sequence[Example], tokenizer: Any, size: int, prompt: int 
 
 def _completion(example: Example, tokenizer: Any) -> Row:
     """Prompt and completion, tokenised apart so that their border is one between tokens; an empty completion is its end."""
-    begin = tokenizer("", verbose=False)["input_ids"][:1]  # what some tokenizers put before a text; what they put after it goes
+    begin = tokenizer("", verbose=False)["input_ids"][
+        :1
+    ]  # what some tokenizers put before a text; what they put after it goes
     begin = begin if begin == [tokenizer.bos_token_id] else []
     prompt = (*begin, *tokenizer(example.prompt, add_special_tokens=False, verbose=False)["input_ids"])
     if not prompt:
@@ -191,7 +197,10 @@ def _chat(example: Example, tokenizer: Any) -> Row:
     for i, message in enumerate(example.messages):
         if message["role"] != "assistant":
             continue
-        before, after = _templated(tokenizer, example.messages[:i], True), _templated(tokenizer, example.messages[: i + 1], False)
+        before, after = (
+            _templated(tokenizer, example.messages[:i], True),
+            _templated(tokenizer, example.messages[: i + 1], False),
+        )
         if whole[: len(before)] != before or whole[: len(after)] != after:
             raise InputError(
                 "expected a chat template that leaves earlier turns as they were, got one that rewrites them (thinking that is "
@@ -212,5 +221,7 @@ def _templated(tokenizer: Any, messages: Sequence[Any], prompt: bool) -> list[in
 def end_of_text(tokenizer: Any) -> int:
     """The id of the end-of-text token; InputError for a tokenizer without."""
     if tokenizer.eos_token_id is None:
-        raise InputError("expected a tokenizer with an end-of-text token, got none; set its eos_token and save it again")
+        raise InputError(
+            "expected a tokenizer with an end-of-text token, got none; set its eos_token and save it again"
+        )
     return int(tokenizer.eos_token_id)

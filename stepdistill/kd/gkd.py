@@ -93,15 +93,15 @@ class GKD(Method):
             raise InputError("expected prompts for a student to complete, got data without; fix --data.prompt_tokens")
         if self.config.share < 1 and not data.completed:
             raise InputError(
-                f"expected completions for the {1 - self.config.share:.0%} of steps that use the data's text, got prompts alone; "
-                "give --method.lmbda 1, or a `completion` column"
+                f"expected completions for the {1 - self.config.share:.0%} of steps that use the data's text, got prompts "
+                "alone; give --method.lmbda 1, or a `completion` column"
             )
         windows = [w for w in (self.student.window, self.teacher.window) if w is not None]
         longest = data.longest_prompt + self.config.max_new_tokens
         if self.config.share > 0 and windows and longest > min(windows):
             raise InputError(
-                f"expected prompts and what is written after them within the {min(windows)} positions of student and teacher, got "
-                f"{data.longest_prompt} and {self.config.max_new_tokens} tokens; lower --method.max_new_tokens, or drop long "
+                f"expected prompts and what is written after them within the {min(windows)} positions of student and teacher, "
+                f"got {data.longest_prompt} and {self.config.max_new_tokens} tokens; lower --method.max_new_tokens, or drop long "
                 "prompts (--data.block_size leaves out conversations whose prompt is as long as it, --data.prompt_tokens cuts "
                 "documents)"
             )

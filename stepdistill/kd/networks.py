@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Self
@@ -55,7 +56,9 @@ class TransformersNetwork(Network):
         """If `wanted`, activations are computed again in backward."""
         if wanted:
             module: Any = self.module
-            module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            with warnings.catch_warnings():  # the name that all versions of 5 have; the newer ones call it deprecated
+                warnings.simplefilter("ignore", FutureWarning)
+                module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -117,7 +120,7 @@ class CausalLM(TransformersNetwork):
 
     @property
     def head(self) -> Head:
-        """The output layer with its live weights, the input embeddings' own where the two are tied, and the config's soft-cap."""
+        """The output layer with its live weights, the input embeddings' own where they are tied, and the config's soft-cap."""
         layer = self._output_layer()
         return Head(layer.weight, layer.bias, self.config.to_dict().get(SOFT_CAP))
 
@@ -159,13 +162,20 @@ class CausalLM(TransformersNetwork):
         with self.evaluating():
             mask = torch.ones_like(ids)
             wanted, found = self(ids, mask).float(), self.head.logits(self.hidden(ids, mask)).float()
-        return bool((found - wanted).abs().max() <= 1e-2 * wanted.abs().max().clamp(min=1e-6)) and found.shape == wanted.shape
+        return (
+            bool((found - wanted).abs().max() <= 1e-2 * wanted.abs().max().clamp(min=1e-6))
+            and found.shape == wanted.shape
+        )
 
     def lora_targets(self) -> tuple[str, ...]:
         from transformers.pytorch_utils import Conv1D
 
         head = self._output_layer()
-        linear = [name for name, part in self.module.named_modules() if isinstance(part, (nn.Linear, Conv1D)) and part is not head]
+        linear = [
+            name
+            for name, part in self.module.named_modules()
+            if isinstance(part, (nn.Linear, Conv1D)) and part is not head
+        ]
         return tuple(sorted(linear))
 
 

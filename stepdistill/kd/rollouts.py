@@ -61,7 +61,9 @@ def generate(
     own = module.generation_config
     # explicit, since generate() fills what is unset from the checkpoint's own settings
     module.generation_config = GenerationConfig()
-    plan = GenerationConfig(do_sample=False, num_beams=1, max_new_tokens=new, eos_token_id=end, pad_token_id=end, use_cache=True)
+    plan = GenerationConfig(
+        do_sample=False, num_beams=1, max_new_tokens=new, eos_token_id=end, pad_token_id=end, use_cache=True
+    )
     noise = [] if rng is None else [GumbelMax(rng, prompt_ids.shape[1])]
     try:
         with student.evaluating(), student.active():

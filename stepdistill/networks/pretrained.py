@@ -54,8 +54,10 @@ def load_tokenizer(path: str, flag: str, revision: str | None = None) -> Any:
 
 
 def check_place(path: str, flag: str, revision: str | None = None, file: str = "config.json") -> None:
-    """InputError for a folder without a model, and for a hub id that is neither cached nor within reach (the hub's own client
-    says so after a minute)."""
+    """InputError for a folder without a model, and for a hub id that is neither cached nor within reach.
+
+    The hub's own client says so after a minute.
+    """
     from huggingface_hub import try_to_load_from_cache
 
     fix = f"give {flag} a folder with {file} and safetensors, or a hub id such as org/name"

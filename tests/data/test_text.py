@@ -16,7 +16,8 @@ def test_docstrings_are_parsed_in_order_and_never_run(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "__init__.py").write_text(f'"""{LONG} of b."""\nraise SystemExit\n')
     (tmp_path / "a.py").write_text(
-        f'"""{LONG} of a."""\nclass A:\n    """Short."""\n    def f(self):\n        """{LONG} of f.\n\n        More.\n        """\n'
+        f'"""{LONG} of a."""\nclass A:\n    """Short."""\n'
+        f'    def f(self):\n        """{LONG} of f.\n\n        More.\n        """\n'
     )
     (tmp_path / "c.py").write_text(f'"""{LONG} of a."""\n')  # the same text again
     (tmp_path / "broken.py").write_text("def (:\n")
@@ -28,7 +29,9 @@ def test_docstrings_are_parsed_in_order_and_never_run(tmp_path: Path) -> None:
 
 
 def test_examples_of_the_prompt_are_no_english() -> None:
-    assert english("Adds.\n\n    >>> add(1, 2)\n    3\n\n    And so on.  \n\n\n    End.") == "Adds.\n\nAnd so on.\n\nEnd."
+    assert (
+        english("Adds.\n\n    >>> add(1, 2)\n    3\n\n    And so on.  \n\n\n    End.") == "Adds.\n\nAnd so on.\n\nEnd."
+    )
     odd = "Not an example:\n>>>x"
     assert english(odd) == odd
 
@@ -67,7 +70,9 @@ def test_rows_of_a_data_set(tmp_path: Path) -> None:
     alone = open_texts(write_rows(tmp_path / "c.jsonl", [{"prompt": f"p {i}"} for i in range(12)]))
     assert all(e.completion is None for e in alone.train)
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    chat = open_texts(write_rows(tmp_path / "d.jsonl", [{"messages": [*turns, *turns[: i % 2]], "x": i} for i in range(12)]))
+    chat = open_texts(
+        write_rows(tmp_path / "d.jsonl", [{"messages": [*turns, *turns[: i % 2]], "x": i} for i in range(12)])
+    )
     assert Example(messages=tuple(turns)) in (*chat.train, *chat.held_out)
 
 
@@ -76,7 +81,14 @@ def test_rows_of_a_data_set(tmp_path: Path) -> None:
     [
         ([{"words": "a"}] * 3, "--data.text_column"),
         ([{"prompt": "", "completion": "a"}] * 3, "row 0"),
-        ([{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": None}, {"prompt": "c", "completion": "d"}], None),
+        (
+            [
+                {"prompt": "a", "completion": "b"},
+                {"prompt": "a", "completion": None},
+                {"prompt": "c", "completion": "d"},
+            ],
+            None,
+        ),
         ([{"messages": [{"role": "user", "content": "a"}]}] * 3, "an answer"),
         ([{"messages": []}] * 3, "an answer"),
         ([{"messages": [{"role": "user", "content": 3}]}] * 3, "role and a content"),

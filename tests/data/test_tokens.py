@@ -36,7 +36,11 @@ def test_the_mask_is_shifted_with_the_labels() -> None:
 
 
 def test_a_completion_is_learned_with_its_end_although_padding_is_the_same_token() -> None:
-    pairs = [Example(prompt="a b", completion="c"), Example(prompt="d", completion=""), Example(prompt="d", completion="e e e")]
+    pairs = [
+        Example(prompt="a b", completion="c"),
+        Example(prompt="d", completion=""),
+        Example(prompt="d", completion="e e e"),
+    ]
     rows = conversations(pairs, words(), 8)
     found = Tokens.of(batch_of(rows, [0, 1, 2]))
     assert found.input_ids.tolist() == [[A, B, C, STOP, STOP], [D, STOP, STOP, STOP, STOP], [D, E, E, E, STOP]]
