@@ -101,8 +101,8 @@ class GKD(Method):
         if self.config.share > 0 and windows and longest > min(windows):
             raise InputError(
                 f"expected prompts and what is written after them within the {min(windows)} positions of student and teacher, "
-                f"got {data.longest_prompt} and {self.config.max_new_tokens} tokens; lower --method.max_new_tokens, or drop long "
-                "prompts (--data.block_size leaves out conversations whose prompt is as long as it, --data.prompt_tokens cuts "
+                f"got {data.longest_prompt} and {self.config.max_new_tokens} tokens; lower --method.max_new_tokens, or "
+                "drop long prompts (--data.block_size leaves out conversations whose prompt is as long as it, --data.prompt_tokens cuts "
                 "documents)"
             )
 

@@ -16,7 +16,7 @@ from stepdistill.kd.language_model import LanguageModelKD, LanguageModelKDConfig
 from stepdistill.networks.network import Network
 from stepdistill.training.trainer import Trainer
 
-V = 9
+V = 17
 
 
 class Table(nn.Module):
@@ -61,14 +61,15 @@ def trained(folder: Path, module: nn.Module, teacher: Tensor, kind: Any, steps: 
     wise = Model(Table(teacher).requires_grad_(False))
     method = LanguageModelKD(LanguageModelKDConfig(Divergence(kind)), Model(module), wise)  # type: ignore[arg-type]
     train = options(
-        max_train_steps=steps, train_batch_size=16, learning_rate=rate, adam_weight_decay=0.0, lr_scheduler="cosine"
+        max_train_steps=steps, train_batch_size=16, learning_rate=rate, adam_weight_decay=0.0, lr_scheduler="cosine",
+        adam_beta2=0.99,
     )
     Trainer(train, folder).fit(method, data())
     return module
 
 
 def bigram(seed: int = 0) -> Tensor:
-    return 1.5 * torch.randn(V, V, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(V, V, generator=torch.Generator().manual_seed(seed))
 
 
 def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -80,7 +81,7 @@ def test_a_table_learns_every_conditional_of_a_bigram(tmp_path: Path, kind: str)
     table = trained(tmp_path, Table(torch.zeros(V, V)), bigram(), kind, 150, 0.1)
     log_p = bigram().log_softmax(1)
     found = kl(log_p, next(table.parameters()).detach().log_softmax(1))
-    assert float(kl(log_p, torch.zeros(V, V).log_softmax(1)).mean()) > 0.4, "where it began"
+    assert float(kl(log_p, torch.zeros(V, V).log_softmax(1)).mean()) > 0.3, "where it began"
     assert float(found.max()) < 1e-3
 
 
@@ -90,19 +91,19 @@ def bell(mean: float, width: float) -> Tensor:
 
 
 def test_a_student_too_small_covers_both_modes_or_seeks_one(tmp_path: Path) -> None:
-    """Two modes after every token, at 1 and at 7: one bell can't have both. The optima are found by search."""
-    two = torch.logaddexp(bell(1.0, 0.7) + math.log(0.6), bell(7.0, 0.7) + math.log(0.4))
-    grid = [(m / 4, 1.2**w) for m in range(33) for w in range(-6, 12)]
+    """Two modes after every token, at 5 and at 11: one bell can't have both. The optima are found by search."""
+    two = torch.logaddexp(bell(5.0, 0.7) + math.log(0.6), bell(11.0, 0.7) + math.log(0.4))
+    grid = [(m / 4, 1.2**w) for m in range(65) for w in range(-6, 12)]
     covering = min(grid, key=lambda g: float(kl(two, bell(*g))))
     seeking = min(grid, key=lambda g: float(kl(bell(*g), two)))
-    assert 3.0 <= covering[0] <= 4.0 and covering[1] > 2.5, "the mean of all, and wide"
-    assert seeking[0] == 1.0 and seeking[1] < 1.0, "the larger mode, and as narrow"
+    assert 7.0 <= covering[0] <= 8.0 and covering[1] > 2.5, "the mean of all, and wide"
+    assert seeking[0] == 5.0 and seeking[1] < 1.0, "the larger mode, and as narrow"
     for kind, wanted in (("forward_kl", covering), ("reverse_kl", seeking)):
-        start = Bell(2.5, 0.5)  # nearer to the first mode
+        start = Bell(6.5, 0.5)  # nearer to the first mode
         module = trained(tmp_path / kind, start, two.expand(V, V), kind, 150, 0.1)
         mean, width = module.mean.item(), module.log_width.exp().item()
         assert abs(mean - wanted[0]) < 0.3 and abs(math.log(width / wanted[1])) < 0.25, (kind, mean, width, wanted)
-        between = bell(mean, width).exp()[3:6].sum()  # where the teacher says nothing
+        between = bell(mean, width).exp()[7:10].sum()  # where the teacher says nothing
         assert (float(between) > 0.2) == (kind == "forward_kl")
 
 
