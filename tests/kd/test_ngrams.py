@@ -61,7 +61,11 @@ def trained(folder: Path, module: nn.Module, teacher: Tensor, kind: Any, steps: 
     wise = Model(Table(teacher).requires_grad_(False))
     method = LanguageModelKD(LanguageModelKDConfig(Divergence(kind)), Model(module), wise)  # type: ignore[arg-type]
     train = options(
-        max_train_steps=steps, train_batch_size=16, learning_rate=rate, adam_weight_decay=0.0, lr_scheduler="cosine",
+        max_train_steps=steps,
+        train_batch_size=16,
+        learning_rate=rate,
+        adam_weight_decay=0.0,
+        lr_scheduler="cosine",
         adam_beta2=0.99,
     )
     Trainer(train, folder).fit(method, data())
