@@ -141,6 +141,34 @@ def blocks(examples: Sequence[Example], tokenizer: Any, size: int, prompt: int =
     return TokenRows(rows, end_of_text(tokenizer))
 
 
+def windows(examples: Sequence[Example], tokenizer: Any, size: int, stride: int, most: int | None = None) -> TokenRows:
+    """The documents' stream under a window of `size` tokens that moves by `stride`, to measure perplexity.
+
+    Every token but the first is a target once, in the first window that reaches it: after the first window its last `stride`
+    tokens, which have `size` - `stride` tokens or more before them.
+
+    Args:
+        most: tokens of the stream that are read; all by default.
+    """
+    if not 0 < stride < size:
+        raise InputError(
+            f"expected a stride in [1, {size - 1}] for windows of {size} tokens, got {stride}; fix --eval.stride"
+        )
+    ids = stream(examples, tokenizer)[:most].tolist()
+    if len(ids) < 2:
+        raise InputError(
+            f"expected 2 tokens or more to measure on, got {len(ids)}; raise --data.held_out or --eval.max_tokens"
+        )
+    rows, done = [], 1
+    for start in range(0, len(ids), stride):
+        end = min(start + size, len(ids))
+        rows.append(Row(tuple(ids[start:end]), tuple(place >= done for place in range(start, end))))
+        done = end
+        if end == len(ids):
+            break
+    return TokenRows(rows, end_of_text(tokenizer))
+
+
 def conversations(examples: Sequence[Example], tokenizer: Any, size: int, prompts: bool = False) -> TokenRows:
     """One row a conversation, cut at `size` tokens; targets are the answers, the token that ends them included.
 

@@ -102,8 +102,7 @@ class GKD(Method):
             raise InputError(
                 f"expected prompts and what is written after them within the {min(windows)} positions of student and teacher, "
                 f"got {data.longest_prompt} and {self.config.max_new_tokens} tokens; lower --method.max_new_tokens, or "
-                "drop long prompts (--data.block_size leaves out conversations whose prompt is as long as it, --data.prompt_tokens cuts "
-                "documents)"
+                "--data.prompt_tokens of documents and --data.block_size of conversations, whose longer prompts are left out then"
             )
 
     def networks(self) -> dict[str, Network]:

@@ -12,6 +12,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ..errors import InputError
 from ..networks.lora import Adapters, StudentConfig
@@ -82,15 +83,24 @@ class CausalLM(TransformersNetwork):
         net: such as GPT2LMHeadModel.
 
     Attributes:
-        is_factored: whether logits are :attr:`head` of :meth:`hidden`, found out by one forward: a loss may then go through
-            the vocabulary in chunks. Models of other heads give their logits whole.
+        explained: whether logits are :attr:`head` of :meth:`hidden`, found out by one forward.
     """
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__(net)
         self._takes = frozenset(inspect.signature(net.forward).parameters)
         self._body = next((name for name, part in net.named_modules() if name and part is self._base()), "")
-        self.is_factored = bool(self._body) and "logits_to_keep" in self._takes and self._head_explains_logits()
+        self.explained = bool(self._body) and "logits_to_keep" in self._takes and self._head_explains_logits()
+
+    @property
+    def is_factored(self) -> bool:
+        """Whether a loss may go through the vocabulary in chunks; other heads, and shared-out ones, give their logits whole."""
+        return self.explained and not self.is_shared_out
+
+    @property
+    def is_shared_out(self) -> bool:
+        """Whether each process has some rows of the weights alone."""
+        return isinstance(self._output_layer().weight, DTensor)
 
     def _base(self) -> nn.Module:
         module: Any = self.module
@@ -147,7 +157,7 @@ class CausalLM(TransformersNetwork):
         return logits
 
     def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """What the head reads, [B, S, H], after the last norm, times the logits' scale. Only where :attr:`is_factored`."""
+        """What the head reads, [B, S, H], after the last norm, times the logits' scale. Where :attr:`is_factored`."""
         with self.active(), self.taps((self._body,)) as kept:
             # through net, so that DDP knows of it, and with the logits of one place, which cost next to nothing
             self.net(**self._arguments(input_ids, attention_mask), logits_to_keep=1)

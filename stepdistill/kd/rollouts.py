@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..data.tokens import Tokens
+from ..errors import InputError
 from ..randomness import StepRandom
 from .networks import CausalLM
 
@@ -54,7 +55,11 @@ def generate(
 
     Returns:
         Tokens [B, P + n] whose targets are those that were written.
+
+    Raises InputError for a student that the processes share out: they would not write in step.
     """
+    if student.is_shared_out:
+        raise InputError("expected whole weights to write text with, got shards of them; use --train.parallel ddp")
     from transformers import GenerationConfig, LogitsProcessorList
 
     module: Any = student.module

@@ -28,6 +28,7 @@ def load_model(auto: str, path: str, flag: str, revision: str | None = None, dty
     import transformers
 
     check_place(path, flag, revision)
+    quiet()
     with explained(f"a model for {auto} at {path!r}", flag):
         model, info = getattr(transformers, auto).from_pretrained(
             str(Path(path).expanduser()) if is_local(path) else path,
@@ -69,6 +70,13 @@ def check_place(path: str, flag: str, revision: str | None = None, file: str = "
             f"expected a hub id or folder in {flag}, got {path!r}, which is neither a folder here nor in the hub's cache, and "
             f"the hub cannot be reached; {fix}"
         )
+
+
+def quiet() -> None:
+    """No bar of Transformers' own for each file it reads or writes."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 @contextmanager

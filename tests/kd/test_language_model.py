@@ -66,10 +66,10 @@ def test_models_with_other_heads_go_through_whole_logits_to_the_same_numbers() -
     pupil, wise = student(), teacher()
     wanted = LanguageModelKD(config, pupil, wise).training_step(batch_of(uneven(), range(4))).total
     for opaque in (pupil, wise):
-        opaque.is_factored = False
+        opaque.explained = False
         found = LanguageModelKD(config, pupil, wise).training_step(batch_of(uneven(), range(4))).total
         assert_close(found, wanted, **CLOSE)
-        opaque.is_factored = True
+        opaque.explained = True
 
 
 @pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd", "skew_kl", "tvd"])
@@ -86,7 +86,7 @@ def test_only_the_row_before_a_target_gets_a_gradient() -> None:
     """Of a, b, c, d with c a target alone: the logits of b."""
     kept: list[Tensor] = []
     pupil, wise = student(), teacher()
-    pupil.is_factored = False
+    pupil.explained = False
     call = type(pupil).__call__
 
     class Watching(CausalLM):
