@@ -4,6 +4,7 @@ accelerate launch recipes/lm_kd.py    # small GPT-2 layouts; or --teacher.path P
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from stepdistill.config import Parsed, run
 from stepdistill.data.text import TextConfig
@@ -67,4 +68,4 @@ def main(parsed: Parsed[Recipe]) -> None:
 
 
 if __name__ == "__main__":
-    run(Recipe, main, __doc__)
+    run(Recipe, main, __doc__, demo=Path(__file__).parent / "configs" / "lm_kd_demo.yaml")

@@ -38,18 +38,22 @@ def finish(
     exam: Examination,
     models: Mapping[str, CausalLM],
     before: Mapping[str, float] | None = None,
+    own_text: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Measures teacher, control and student, exports the student and prints the table; returns the results.
 
     Args:
         models: "teacher" and "student", and "control" where there is one.
         before: perplexities of an earlier moment, by name.
+        own_text: how far control and student are from the teacher on what they write themselves, where that was measured.
     """
     found = {**(before or {}), **exam.perplexities({name: models[name] for name in ORDER if name in models})}
     results: dict[str, Any] = {"perplexity": found, "tokens": exam.tokens, "stride": exam.stride, "window": pair.window}
-    if "control" in models:
+    if "control" in found:
         gap = gap_closed(found["control"], found["student"], found["teacher"])
         results["gap_closed"] = None if math.isnan(gap) else gap
+    if own_text:
+        results["own_text_reverse_kl"] = dict(own_text)
     table = _table(found, sizes(models), results)
     written = {name: exam.continuations(models[name]) for name in ORDER if name in models}
     sections = {"Results": table}
@@ -73,7 +77,10 @@ def _table(found: Mapping[str, float], parameters: Mapping[str, int], results: M
     for name, value in found.items():
         rows.append(f"| {NAMES[name]} | {parameters.get(name, parameters['student']):,} | {value:.2f} |")
     how = "of the answers" if results["stride"] is None else f"window {results['window']}, stride {results['stride']}"
-    lines = [*rows, "", f"On {results['tokens']:,} held-out tokens, {how}."]
+    lines = [*rows, "", f"On {results['tokens']:,} held-out tokens, {how}."] if found else []
+    if "own_text_reverse_kl" in results:
+        told = ", ".join(f"{NAMES[name]} {value:.3f}" for name, value in results["own_text_reverse_kl"].items())
+        lines += [f"KL from the teacher on their own text, nats a token: {told}."]
     if "gap_closed" in results:
         gap = results["gap_closed"]
         told = "is none: the teacher is no better than the control" if gap is None else f"closed: {gap:.1%}"

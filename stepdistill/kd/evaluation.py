@@ -13,6 +13,7 @@ from ..data.text import Example
 from ..data.tokens import Row, TokenRows, Tokens, conversations, end_of_text, padded, windows
 from ..errors import InputError
 from ..randomness import StepRandom
+from .divergences import Divergence
 from .language_model import token_loss
 from .networks import CausalLM
 from .reduction import Objective
@@ -64,19 +65,34 @@ def gap_closed(control: float, student: float, teacher: float) -> float:
     return (control - student) / (control - teacher) if teacher < control else math.nan
 
 
+def own_text_divergence(student: CausalLM, teacher: CausalLM, rows: TokenRows, new: int, end: int, most: int = 64) -> float:
+    """The mean of KL(student || teacher) over the tokens that the student writes after the prompts of the first `most` rows."""
+    total, count, objective = 0.0, 0, Objective(Divergence("reverse_kl"))
+    device = next(student.module.parameters()).device
+    for start in range(0, min(most, len(rows)), BATCH):
+        indices = range(start, min(start + BATCH, most, len(rows)))
+        batch = rows.batch(indices, StepRandom(0, 0, indices)).to(device)
+        prompts = batch.extra["prompt_ids"], batch.extra["prompt_mask"]
+        text = generate(student, *prompts, new, end, batch.rng)
+        with student.evaluating():
+            found = token_loss(objective, student, teacher, text)
+        total, count = total + float(found.total), count + found.count
+    return total / count
+
+
 class Examination:
     """The held-out text, read by several models in the same way.
 
     Args:
-        examples: held out; the conversations' answers count, or all tokens of documents.
+        rows: held out, with what counts as targets; None where there are prompts alone.
         tokenizer: of all models.
-        window: tokens of a window.
         config: how much.
-        prompts: to be continued; by default the beginnings of some held-out documents.
+        prompts: to be continued.
+        stride: of the windows in `rows`; None for answers.
     """
 
     def __init__(
-        self, rows: TokenRows, tokenizer: Any, config: EvalConfig, prompts: Sequence[str], stride: int | None
+        self, rows: TokenRows | None, tokenizer: Any, config: EvalConfig, prompts: Sequence[str], stride: int | None
     ) -> None:
         self.rows, self.tokenizer, self.config, self.prompts, self.stride = (
             rows,
@@ -85,7 +101,7 @@ class Examination:
             list(prompts),
             stride,
         )
-        self.tokens = sum(sum(row.learned[1:]) for row in rows.rows)
+        self.tokens = 0 if rows is None else sum(sum(row.learned[1:]) for row in rows.rows)
 
     @classmethod
     def of(
@@ -96,20 +112,23 @@ class Examination:
         config: EvalConfig,
         prompts: Sequence[str] | None = None,
     ) -> Examination:
-        """Of held-out examples: under a moving window for documents, of answers for conversations."""
+        """Of held-out examples: under a moving window for documents, of answers for conversations; prompts alone have none."""
+        rows: TokenRows | None
         if all(example.is_document for example in examples):
             stride = config.stride or window // 2
             rows = windows(examples, tokenizer, window, stride, config.max_tokens)
             texts = [" ".join(example.text.split()[:8]) for example in examples[: config.samples]]
         else:
-            rows, stride = conversations(examples, tokenizer, window), None
-            rows = TokenRows(_first(rows, config.max_tokens), rows.pad)
+            rows, stride = None, None
+            if any(example.messages or example.completion is not None for example in examples):
+                answers = conversations(examples, tokenizer, window)
+                rows = TokenRows(_first(answers, config.max_tokens), answers.pad)
             texts = [example.prompt or example.messages[0]["content"] for example in examples[: config.samples]]
         return cls(rows, tokenizer, config, prompts if prompts else texts, stride)
 
     def perplexities(self, models: Mapping[str, CausalLM]) -> dict[str, float]:
-        """Of each model."""
-        return {name: perplexity(lm, self.rows) for name, lm in models.items()}
+        """Of each model; {} where there is nothing to measure on."""
+        return {} if self.rows is None else {name: perplexity(lm, self.rows) for name, lm in models.items()}
 
     def continuations(self, lm: CausalLM) -> list[str]:
         """The likeliest continuation of each prompt."""

@@ -102,7 +102,7 @@ class GKD(Method):
             raise InputError(
                 f"expected prompts and what is written after them within the {min(windows)} positions of student and teacher, "
                 f"got {data.longest_prompt} and {self.config.max_new_tokens} tokens; lower --method.max_new_tokens, or "
-                "--data.prompt_tokens of documents and --data.block_size of conversations, whose longer prompts are left out then"
+                "--data.prompt_tokens of documents and --data.block_size of conversations, which lose longer prompts then"
             )
 
     def networks(self) -> dict[str, Network]:

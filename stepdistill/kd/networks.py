@@ -43,6 +43,14 @@ class TransformersNetwork(Network):
         student.module.train()
         return student
 
+    @torch.no_grad()
+    def copy_from(self, other: Network) -> Self:
+        """Takes over what another student of the same checkpoint has learned."""
+        theirs = other.state()
+        for name, value in self.state().items():
+            value.copy_(theirs[name])
+        return self
+
     def frozen(self) -> Self:
         """This network as a teacher: in eval mode for good, nothing in it trains."""
         self.module.requires_grad_(False).eval()

@@ -23,7 +23,8 @@ class LMTeacherConfig:
     Attributes:
         path: a folder or hub id of a causal language model, or "demo" for a small GPT-2 layout that is trained first.
         revision: branch, tag or commit on the hub.
-        fit_steps: optimizer steps on the same text before it teaches; by default 0 for checkpoints, and what a demo needs.
+        fit_steps: optimizer steps on the same text before it teaches; by default none for checkpoints, twice the
+            student's for a demo.
         layers: of the demo.
         width: of the demo.
     """
@@ -43,7 +44,7 @@ class LMTeacherConfig:
         """Optimizer steps before it teaches; `train` is how many the student has."""
         if self.fit_steps is not None:
             return self.fit_steps
-        return train if self.path == DEMO else 0
+        return 2 * train if self.path == DEMO else 0
 
 
 @dataclass
