@@ -16,7 +16,7 @@ from ..errors import InputError
 from ..families import Model
 from ..methods.adversarial import StudentTimes
 from ..methods.ladd import LADDConfig
-from .sampling import Sampling, table_fields
+from .sampling import Sampling, table_fields, told
 
 SCALING = 1e10  # LCMScheduler's timestep_scaling: c_skip is below float32's resolution from index 1 on, and c_out is 1
 PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}  # that LCMScheduler reads
@@ -24,6 +24,8 @@ PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}  # that LC
 
 def ladd_sampling(method: LADDConfig, model: Model) -> Sampling:
     """The stock scheduler that visits the student's times (arXiv 2403.12015), without classifier-free guidance.
+
+    A student that is told its guidance, as Flux is, was told the family's usual scale throughout.
 
     At fewer steps than there are times it visits as many of them, evenly chosen from the first on. A first time below 1 on a
     noise table is the end of a shorter table, where sampling begins with pure noise as the training did.
@@ -54,6 +56,8 @@ def ladd_sampling(method: LADDConfig, model: Model) -> Sampling:
         raise InputError(
             f"expected a noise table or a flow, got {type(schedule).__name__}; no stock scheduler samples it"
         )
+    usual = model.usual_guidance
+    scale, reach = told(usual - 1.0, usual - 1.0, model.denoiser.takes_guidance, usual)
     lists = {name: list(vars(times)[name]) for name in ("times", "probabilities", "warmup_probabilities")}
     return Sampling(
         method="ladd",
@@ -63,8 +67,8 @@ def ladd_sampling(method: LADDConfig, model: Model) -> Sampling:
         steps=tuple(visited),
         default_steps=max(visited),
         timesteps=timesteps,
-        guidance_scale=1.0,
-        guidance_range=None,
+        guidance_scale=scale,
+        guidance_range=reach,
         trained={**asdict(method), **lists, "taps": None if method.taps is None else list(method.taps)},
         guidance_note="; the weights hold the guidance of the latents that they were trained on",
         sigmas=sigmas,

@@ -53,6 +53,10 @@ class FlowTransformer(Denoiser, ABC):
         """The image's tokens [B, N, D], which blocks return after those of the text."""
         return output[-1] if isinstance(output, tuple) else output
 
+    def pooled(self, cond: Cond) -> Tensor:
+        """The pooled text [B, P] that the network adds to its times."""
+        return cond["pooled_prompt_embeds"]
+
     def checkpoint_activations(self, wanted: bool = True) -> None:
         module: Any = self.module
         if wanted:

@@ -172,6 +172,28 @@ def test_the_harness_samples_the_exports(inputs: Path, lcm: tuple[str, Path]) ->
     assert np.abs(images.astype(int) - by_teacher).max() > 1
 
 
+@pytest.mark.parametrize(("family", "kind"), CASES)
+def test_an_adversarial_student_is_sampled_at_its_times(inputs: Path, tmp_path: Path, family: str, kind: str) -> None:
+    """Heads on every block, judged with the pooled text; Flux is told the usual scale in training and when it is sampled."""
+    words = ["--teacher.path", inputs / family, "--output_dir", tmp_path, *TRAIN, "--data.path", inputs / "images"]
+    words += ["--student.kind", kind, "--method.head_width", "8", "--method.warmup_steps", "0"]
+    run_in_process(load_recipe("ladd"), words)
+    facts = facts_of(tmp_path)
+    assert facts["scheduler"] == "FlowMatchLCMScheduler" and facts["steps"] == [1, 2, 4]
+    assert facts["sigmas"] == {"1": [1.0], "2": [1.0, 0.5], "4": [1.0, 0.75, 0.5, 0.25]}
+    pipe, given = opened(tmp_path)
+    assert given["guidance_scale"] == (3.5 if family == "flux" else 1.0)
+    denoiser, cond = denoiser_in(pipe, inputs / family)
+    assert denoiser.pooled(cond).shape == cond["pooled_prompt_embeds"].shape
+    times = torch.tensor(facts["sigmas"]["4"], dtype=torch.float64)
+    with torch.no_grad():  # with no guidance in `cond`, as in training
+        ours = multistep_consistency(
+            lambda x, t: denoiser(x, t, cond).x0, denoiser.schedule, noise_of(), times,
+            draws(noise_of(), family == "flux"),
+        )  # fmt: skip
+    torch.testing.assert_close(theirs(pipe, given, noise_of()), ours, rtol=1e-5, atol=1e-5)
+
+
 def test_without_t5_and_in_half_precision_and_with_prompts_alone(inputs: Path, tmp_path: Path, bf16: list[str]) -> None:
     more = [*bf16, "--train.validation_prompts", "a red circle", "--export.verify", "full"]
     data = ["--data.path", inputs / "prompts.txt", "--data.num_inference_steps", "3", "--data.guidance_scale", "4"]
