@@ -46,7 +46,7 @@ def main(parsed: Parsed[Recipe]) -> None:
     texts = open_texts(r.data)
     window, place = r.data.block_size, (trainer.device, trainer.weight_dtype)
     pair = Pair(r.teacher, r.student, texts.train, r.vocabulary, window, r.train.seed, *place)
-    prompted, judged = (rows_of(t, pair.tokenizer, window, r.data.prompt_tokens) for t in (texts.train, texts.held_out))
+    prompted, judged = (rows_of(t, pair.tokenizer, window, r.data.prompt) for t in (texts.train, texts.held_out))
     exam = Examination.of(texts.held_out, pair.tokenizer, window, r.eval, r.train.validation_prompts)
     student, end = pair.student(r.train.gradient_checkpointing), pair.tokenizer.eos_token_id
     teacher = pair.teacher(trains=(steps := r.teacher.steps(r.sft_steps)) > 0)

@@ -23,10 +23,11 @@ def gpt2(
     """A GPT-2 without dropout, its weights larger than they are usually at first, so that it has opinions."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    config = GPT2Config(
-        vocab_size=vocabulary, n_positions=positions, n_embd=width, n_layer=layers, n_head=2, resid_pdrop=0.0, embd_pdrop=0.0,
-        attn_pdrop=0.0, bos_token_id=END, eos_token_id=END, initializer_range=0.3, **more,
-    )  # fmt: skip
+    options = {
+        "vocab_size": vocabulary, "n_positions": positions, "n_embd": width, "n_layer": layers, "n_head": 2, "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": END, "eos_token_id": END, "initializer_range": 0.3,
+    }  # fmt: skip
+    config = GPT2Config(**{**options, **more})
     return built(seed, lambda: GPT2LMHeadModel(config))
 
 

@@ -33,7 +33,8 @@ class TextConfig:
             are conversations, of which only the answers are learned.
         block_size: tokens of a block of documents, or the most of a conversation.
         held_out: share of the documents that is kept from training, to measure on.
-        prompt_tokens: of each block of documents, how many are the prompt where a student writes the rest (on-policy).
+        prompt_tokens: of each block of documents, how many are the prompt where a student writes the rest (on-policy); a
+            quarter by default.
     """
 
     path: str = "docstrings"
@@ -41,7 +42,7 @@ class TextConfig:
     text_column: str = "text"
     block_size: int = 128
     held_out: float = 0.05
-    prompt_tokens: int = 32
+    prompt_tokens: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("path", "split", "text_column"):
@@ -51,11 +52,16 @@ class TextConfig:
             raise InputError(f"expected blocks of 2 tokens or more, got {self.block_size}; fix --data.block_size")
         if not 0.0 < self.held_out < 1.0:
             raise InputError(f"expected a share in (0, 1), got held_out {self.held_out}; fix --data.held_out")
-        if not 0 < self.prompt_tokens < self.block_size:
+        if not 0 < self.prompt < self.block_size:
             raise InputError(
                 f"expected prompt_tokens in [1, block_size - 1], got {self.prompt_tokens} of {self.block_size}; fix "
                 "--data.prompt_tokens or --data.block_size"
             )
+
+    @property
+    def prompt(self) -> int:
+        """Tokens of a block that are its prompt."""
+        return max(1, self.block_size // 4) if self.prompt_tokens is None else self.prompt_tokens
 
 
 @dataclass(frozen=True)

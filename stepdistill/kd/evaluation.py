@@ -65,7 +65,9 @@ def gap_closed(control: float, student: float, teacher: float) -> float:
     return (control - student) / (control - teacher) if teacher < control else math.nan
 
 
-def own_text_divergence(student: CausalLM, teacher: CausalLM, rows: TokenRows, new: int, end: int, most: int = 64) -> float:
+def own_text_divergence(
+    student: CausalLM, teacher: CausalLM, rows: TokenRows, new: int, end: int, most: int = 64
+) -> float:
     """The mean of KL(student || teacher) over the tokens that the student writes after the prompts of the first `most` rows."""
     total, count, objective = 0.0, 0, Objective(Divergence("reverse_kl"))
     device = next(student.module.parameters()).device
