@@ -65,7 +65,12 @@ def train_teacher(folder: Path) -> None:
 
 def command(options: Benchmark, folder: Path, teacher: Path, seed: int) -> list[str]:
     """What trains and measures one student."""
-    flags = {"teacher.path": teacher, "output_dir": folder, "train.seed": seed, "train.resume_from_checkpoint": "latest"}
+    flags = {
+        "teacher.path": teacher,
+        "output_dir": folder,
+        "train.seed": seed,
+        "train.resume_from_checkpoint": "latest",
+    }
     script = [sys.executable, str(ROOT / "recipes" / "lm_kd.py"), "--config", str(DEMO)]
     return [*script, *options.settings, *(f"--{name}={value}" for name, value in flags.items())]
 
@@ -74,7 +79,9 @@ def collected(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Each number's mean and spread over the seeds."""
     numbers = {name: [run["perplexity"][name] for run in runs] for name in runs[0]["perplexity"]}
     numbers["gap_closed"] = [run["gap_closed"] for run in runs]
-    spread = {name: {"mean": mean(v), "std": stdev(v) if len(v) > 1 else None, "values": v} for name, v in numbers.items()}
+    spread = {
+        name: {"mean": mean(v), "std": stdev(v) if len(v) > 1 else None, "values": v} for name, v in numbers.items()
+    }
     return {**spread, **{name: runs[0][name] for name in ("tokens", "window", "stride")}}
 
 

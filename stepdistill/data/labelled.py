@@ -115,7 +115,9 @@ def open_labelled(config: LabelledConfig) -> tuple[LabelledImages, LabelledImage
         train = _objects(TRAIN_SEED, config.images or 4000, config.resolution)
         test = _objects(TEST_SEED, config.test_images or 1000, config.resolution)
     else:
-        train, test = (part.first(n) for part, n in zip(_table(config), (config.images, config.test_images), strict=True))
+        train, test = (
+            part.first(n) for part, n in zip(_table(config), (config.images, config.test_images), strict=True)
+        )
     train.flip, train.shift = config.random_flip, config.random_shift
     if config.labelled is not None and config.labelled > len(train):
         raise InputError(f"expected up to {len(train)} labelled images, got {config.labelled}; fix --data.labelled")
@@ -145,9 +147,13 @@ def _table(config: LabelledConfig) -> tuple[LabelledImages, LabelledImages]:
     except InputError as error:
         if "split" not in str(error):
             raise
-        held_out = torch.tensor([key("held out", image.numpy().tobytes().hex())[0] < 2**64 // 10 for image in train.images])
+        held_out = torch.tensor(
+            [key("held out", image.numpy().tobytes().hex())[0] < 2**64 // 10 for image in train.images]
+        )
         if held_out.all() or not held_out.any():
-            raise InputError(f"expected images to train on and to measure on in {config.path!r}, got {len(train)} in all") from error
+            raise InputError(
+                f"expected images to train on and to measure on in {config.path!r}, got {len(train)} in all"
+            ) from error
         test = LabelledImages(train.images[held_out], train.labels[held_out], classes)
         train = LabelledImages(train.images[~held_out], train.labels[~held_out], classes)
     # what comes first is to be of all classes: rows often lie in their order
@@ -167,7 +173,9 @@ def _rows(config: LabelledConfig, split: str) -> Any:
             return datasets.load_dataset("imagefolder", data_dir=str(place), split=split, drop_labels=False)
         except (OSError, ValueError, LookupError, RuntimeError, datasets.exceptions.DatasetsError) as error:
             reason = " ".join(str(error).split())[:300]
-            raise InputError(f"expected split {split!r} of classes in {config.path!r}, got: {reason}; {FORM}") from error
+            raise InputError(
+                f"expected split {split!r} of classes in {config.path!r}, got: {reason}; {FORM}"
+            ) from error
     return load_rows(config.path, split)
 
 
@@ -206,7 +214,7 @@ def _square(image: Any, side: int) -> Tensor:
     if not isinstance(image, Image.Image):
         raise InputError(f"expected images, got {type(image).__name__}; fix --data.image_column")
     scale = side / min(image.size)
-    size = tuple(max(side, round(length * scale)) for length in image.size)
+    size = (max(side, round(image.width * scale)), max(side, round(image.height * scale)))
     scaled = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
     left, top = (size[0] - side) // 2, (size[1] - side) // 2
     cut = scaled.crop((left, top, left + side, top + side))

@@ -1,7 +1,7 @@
 """A trained language model or classifier into a folder that stock Transformers opens: weights, tokenizer, facts, a model card.
 
-It is opened again by the stock class, and what that computes must be what the student computes, to the bit; else nothing counts.
-As with diffusion students it is written into a hidden folder and moved into place as a whole.
+It is opened again by the stock class, and what that computes must be what the student computes, to the bit.
+Like other students it is written into a hidden folder and moved into place as a whole.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A teacher and students that classify images: opened from checkpoints, or ResNets laid out anew. Recipes read the options first."""
+"""A teacher and students that classify images: opened from checkpoints, or ResNets laid out anew."""
 
 from __future__ import annotations
 
@@ -37,17 +37,27 @@ class ClassifierConfig:
         depths, widths = self.layout()
         if not depths or len(depths) != len(widths) or min(*depths, *widths) < 1:
             raise InputError(
-                f"expected as many depths as widths, all at least 1, got {','.join(self.depths)} and {','.join(self.widths)}; fix "
-                "--teacher.depths, --teacher.widths, --student.depths or --student.widths"
+                f"expected as many depths as widths, all at least 1, got {','.join(self.depths)} and {','.join(self.widths)}; "
+                "fix --teacher.depths, --teacher.widths, --student.depths or --student.widths"
             )
 
     def layout(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """(depths, widths)."""
         return self.depths.ints(), self.widths.ints()
 
+    def steps(self, train: int, asked: int | None) -> int:
+        """Optimizer steps before it teaches: those asked for, or twice a student's `train`, none of a checkpoint."""
+        if asked is not None and asked < 0:
+            raise InputError(f"expected teacher_steps >= 0, got {asked}; fix --teacher_steps")
+        return asked if asked is not None else 2 * train if self.path == DEMO else 0
+
 
 def open_classifier(
-    config: ClassifierConfig, role: Literal["teacher", "student"], classes: Sequence[str], seed: int, device: torch.device
+    config: ClassifierConfig,
+    role: Literal["teacher", "student"],
+    seed: int,
+    classes: Sequence[str],
+    device: torch.device,
 ) -> Classifier:
     """A classifier that trains, of these classes; InputError for a checkpoint of others.
 
@@ -56,7 +66,9 @@ def open_classifier(
     """
     from .layouts import resnet_layout
 
-    flag, mean, std = f"--{role}.path", (0.5,), (0.5,)
+    flag = f"--{role}.path"
+    mean: tuple[float, ...] = (0.5,)
+    std: tuple[float, ...] = (0.5,)
     if config.path == DEMO:
         model = resnet_layout(*config.layout(), classes, seed)
     else:
@@ -96,5 +108,7 @@ def accuracy(classifier: Classifier, data: LabelledImages, batch: int = 250) -> 
     with classifier.evaluating():
         for start in range(0, len(data), batch):
             rows = range(start, min(start + batch, len(data)))
-            right += int((classifier(data.pixels(rows).to(device)).argmax(1).cpu() == data.labels[rows.start : rows.stop]).sum())
+            right += int(
+                (classifier(data.pixels(rows).to(device)).argmax(1).cpu() == data.labels[rows.start : rows.stop]).sum()
+            )
     return right / len(data)

@@ -18,11 +18,12 @@ from stepdistill.errors import ExportError, InputError
 from stepdistill.export import transformer
 from stepdistill.kd.language_model import LanguageModelKD
 
-VERBS = "opens closes reads writes makes finds keeps sends takes gives".split()
-NOUNS = "file socket stream buffer list module thread signal string number".split()
+VERBS = ("opens", "closes", "reads", "writes", "makes", "finds", "keeps", "sends", "takes", "gives")
+NOUNS = ("file", "socket", "stream", "buffer", "list", "module", "thread", "signal", "string", "number")
 DEMO = ["--teacher.layers", 1, "--teacher.width", 64, "--student.layers", 1, "--student.width", 32, "--vocabulary", 300]
 TRAIN = [
-    "--train.max_train_steps", 3, "--train.train_batch_size", 4, "--train.learning_rate", "1e-2", "--train.checkpointing_steps", 2,
+    "--train.max_train_steps", 3, "--train.train_batch_size", 4, "--train.learning_rate", "1e-2",
+    "--train.checkpointing_steps", 2,
     "--data.block_size", 24, "--data.held_out", "0.2", "--eval.max_tokens", 300, "--eval.new_tokens", 4,
 ]  # fmt: skip
 
