@@ -164,6 +164,7 @@ def _table(config: LabelledConfig) -> tuple[LabelledImages, LabelledImages]:
 def _rows(config: LabelledConfig, split: str) -> Any:
     import datasets
 
+    from ..families.loading import is_local
     from .folder import SUFFIXES, suffix, visible
     from .hub import load_rows
 
@@ -176,6 +177,8 @@ def _rows(config: LabelledConfig, split: str) -> Any:
             raise InputError(
                 f"expected split {split!r} of classes in {config.path!r}, got: {reason}; {FORM}"
             ) from error
+    if is_local(config.path) and not place.exists():
+        raise InputError(f"expected labelled images at {config.path!r}, got nothing there; {FORM}")
     return load_rows(config.path, split)
 
 

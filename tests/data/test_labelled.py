@@ -23,7 +23,7 @@ def folder_of(path: Path, each: int = 4, classes: Any = COLOURS, size: tuple[int
         (path / name).mkdir(parents=True)
         for i in range(each):
             pixels = np.zeros((size[1], size[0], 3), dtype=np.uint8) + np.array(colour, dtype=np.uint8)
-            pixels[0, 0] = i  # each a file of its own
+            pixels[2, 12] = i  # each a picture of its own
             Image.fromarray(pixels).save(path / name / f"{i}.png")
     return path
 
@@ -128,8 +128,8 @@ def test_options_that_make_no_sense(change: dict, named: str) -> None:
 def test_what_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--data.labelled"):
         open_labelled(LabelledConfig(images=4, labelled=5, test_images=1))
-    folder_of(tmp_path / "few", each=1)
+    folder_of(tmp_path / "few", each=20)
     with pytest.raises(InputError, match="--data.images"):
         open_labelled(LabelledConfig(str(tmp_path / "few"), resolution=16, images=100))
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match="nothing there"):
         open_labelled(LabelledConfig(str(tmp_path / "nothing")))

@@ -33,6 +33,7 @@ class Linear(nn.Module):
         super().__init__()
         self.out = nn.Linear(3 * 8 * 8, CLASSES)
         nn.init.normal_(self.out.weight, std=0.2, generator=torch.Generator().manual_seed(seed))
+        nn.init.zeros_(self.out.bias)
 
     def forward(self, pixel_values: Tensor) -> Any:
         return type("Output", (), {"logits": self.out(pixel_values.flatten(1))})
