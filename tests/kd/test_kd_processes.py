@@ -22,9 +22,8 @@ def test_two_processes_compute_what_one_does(tmp_path: Path) -> None:
         "ACCELERATE_USE_CPU": "true",
     }  # fmt: skip
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*command, str(TESTS / "kd_process.py"), str(tmp_path / "two")], env=environment, capture_output=True, text=True, timeout=900
-    )  # fmt: skip
+    command += [str(TESTS / "kd_process.py"), str(tmp_path / "two")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     for run in ("kd", "plain", "gkd", "fsdp"):
         found, wanted = (saved(tmp_path / world / run)[0] for world in ("two", "one"))
