@@ -74,11 +74,16 @@ def quiet() -> None:
     warnings.simplefilter("ignore")
 
 
+def warm_up(side: str, options: Benchmark) -> None:
+    """What is imported and set up once."""
+    setting = Setting.drawn(32, 64, (16, 16), options.beta, 0)
+    setting.gradients(SIDES[side](setting))
+
+
 def peak(side: str, tokens: int, valid: float, options: Benchmark) -> int:
     """Bytes that this process holds at most in a forward and backward, beyond the inputs; the gradients are among them."""
     quiet()
-    warm = Setting.drawn(32, 64, (16, 16), options.beta, 0)
-    warm.gradients(SIDES[side](warm))  # what is imported and set up once
+    warm_up(side, options)
     setting = options.setting(tokens, valid)
     ballast = torch.ones(BALLAST, dtype=torch.float64)  # more than imports held for a moment, so the most is now
     before = high_water()
@@ -104,11 +109,12 @@ def times(tokens: int, sides: list[str], options: Benchmark) -> tuple[dict[str, 
     turns = {**dict.fromkeys(sides, whole), MASKED: part}
     seconds: dict[str, list[float]] = {side: [] for side in turns}
     values = {}
-    for number in range(options.repeats + 1):
+    for side in sides:
+        warm_up(side, options)
+    for _ in range(options.repeats):
         for side, setting in turns.items():
             found, values[side] = timed(OURS if side == MASKED else side, setting)
-            if number:  # the first is not counted
-                seconds[side].append(found)
+            seconds[side].append(found)
     return seconds, values
 
 
@@ -116,10 +122,11 @@ def measure(options: Benchmark) -> Iterator[tuple[Row, dict[str, list[float]]]]:
     """All rows, each with the losses and gradient norms that its sides found."""
     sides = available()
     for n in options.tokens.ints():
-        seconds, values = alone(times, n, sides, options)
+        # here, and not alone: what keeps peaks steady makes every allocation dear
+        seconds, values = times(n, sides, options)
+        shares = {**dict.fromkeys(sides, 1.0), MASKED: options.valid}
         turns = [
-            {side: alone(peak, side, n, 1.0, options) for side in sides}
-            | {MASKED: alone(peak, OURS, n, options.valid, options)}
+            {side: alone(peak, OURS if side == MASKED else side, n, valid, options) for side, valid in shares.items()}
             for _ in range(options.processes)
         ]
         for side in sides[1:]:
@@ -135,17 +142,18 @@ def measure(options: Benchmark) -> Iterator[tuple[Row, dict[str, list[float]]]]:
 
 def main(parsed: Parsed[Benchmark]) -> None:
     """Measures, writes, prints."""
-    options, rows = parsed.recipe, []
-    for row, values in measure(options):
-        rows.append({**asdict(row), "found": values})
-        print(f"{row.what}, {row.network}, {row.quantity}: {row.ratio:.3f}, interval {row.interval}", flush=True)
+    options = parsed.recipe
+    rows: list[dict[str, Any]] = []
     asked = {name: value for name, value in asdict(options).items() if name != "output"}
-    about: dict[str, Any] = {
+    about = {
         "protocol": {**asked, "threads": 1, "dtype": "float32"},
         "environment": {**environment(), **installed()},
     }
-    text = json.dumps({**about, "rows": rows}, indent=1, allow_nan=False)
-    Path(options.output).write_text(text + "\n", encoding="utf-8")
+    for row, values in measure(options):
+        rows.append({**asdict(row), "found": values})
+        text = json.dumps({**about, "rows": rows}, indent=1, allow_nan=False)
+        Path(options.output).write_text(text + "\n", encoding="utf-8")
+        print(f"{row.what}, {row.network}, {row.quantity}: {row.ratio:.3f}, interval {row.interval}", flush=True)
     print(f"written to {options.output}")
 
 

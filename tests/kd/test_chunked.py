@@ -282,8 +282,8 @@ def test_teachers_in_another_precision() -> None:
 
 
 def test_many_chunks_lose_nothing_in_half_precision() -> None:
-    """4,096 equal tokens, one at a time: a sum in bfloat16 would stop growing at 256 of them."""
-    count = 4096
+    """1,024 equal tokens, one at a time: a sum in bfloat16 would stop growing at 256 of them."""
+    count = 1024
     hidden = torch.ones(count, 2, dtype=torch.bfloat16, requires_grad=True)
     weight = torch.tensor([[1.0, 0.0], [0.0, 0.5]], dtype=torch.bfloat16, requires_grad=True)
     teacher = Head(torch.tensor([[-1.0, 0.0], [0.0, 0.5]], dtype=torch.bfloat16))
