@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 
 from ..errors import InputError
@@ -20,8 +21,10 @@ from .divergences import log_probs
 from .reduction import Objective, TokenLoss, valid_rows
 
 CHUNK = 256  # tokens whose logits are there at once
-CACHED = 2**18  # logits worked on at once within a chunk on a CPU, so that a dozen passes over them stay in its cache
+CACHED = 2**16  # logits worked on at once within a chunk on a CPU, so that a dozen passes over them stay in its cache
+PART = 8192  # entries of a 16-bit head that are widened at once
 AT_ONCE = 2**24  # the same elsewhere: few launches, bounded memory
+WIDE_PRODUCTS = Version(torch.__version__) >= Version("2.8")  # torch.mm has an out_dtype, on CUDA
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,8 @@ def chunked_loss(
     """What :func:`.reduction.dense_loss` gives for the heads' logits; masked tokens cost nothing.
 
     Gradients reach `student_hidden` and the student's weight and bias, those of them that require one; the loss has no second
-    derivative, and one backward. Products are taken in autocast's precision, or else that of hidden states and weights; from
-    the logits on everything is float32 (float64 where the hidden states are).
+    derivative, and one backward. Logits, everything computed from them and all sums are float32 (float64 where the hidden
+    states are), also where hidden states and weights are not; on a GPU autocast's precision rounds the factors of products.
 
     Args:
         objective: the terms and their weights.
@@ -140,27 +143,41 @@ class _Loss(torch.autograd.Function):
 
 
 class _Layer:
-    """logits = c tanh((h W^T + b) / c) over the first entries of a head, computed in one precision and written in another."""
+    """The first entries of a head: logits = c tanh((h W^T + b) / c), and their derivatives' products with a gradient."""
 
-    def __init__(
-        self, weight: Tensor, bias: Tensor | None, softcap: float | None, entries: int, hidden: Tensor
-    ) -> None:
-        weight = weight.detach()[:entries]
-        self.dtype = _precision(hidden, weight)
-        self.weight, self.softcap = weight.to(self.dtype), softcap
-        self.bias = None if bias is None else bias.detach()[:entries]
+    def __init__(self, head: Head, entries: int, wide: torch.dtype) -> None:
+        weight = head.weight.detach()[:entries]
+        self.low, self.wide, self.softcap = _low_precision(weight, wide), wide, head.softcap
+        self.weight = weight if self.low is None else weight.to(self.low)
+        self.bias = None if head.bias is None else head.bias.detach()[:entries]
+        whole = self.low is not None or weight.dtype == wide  # otherwise widened a part at a time
+        size = max(1, entries if whole else PART)
+        self.parts = [slice(start, min(start + size, entries)) for start in range(0, entries, size)]
 
     def write(self, hidden: Tensor, z: Tensor) -> None:
         """Logits of [c, H] into z [c, entries]."""
-        hidden = hidden.to(self.dtype)
-        if self.dtype == z.dtype:
-            torch.mm(hidden, self.weight.t(), out=z)
-        else:
-            z.copy_(hidden @ self.weight.t())
+        hidden = hidden if self.low is None else hidden.to(self.low)
+        for part in self.parts:
+            _add_product(z[:, part], hidden, self.weight[part].t(), keep=False)
         if self.bias is not None:
             z.add_(self.bias)
         if self.softcap is not None:
             z.div_(self.softcap).tanh_().mul_(self.softcap)
+
+    def to_hidden(self, gradient: Tensor, out: Tensor) -> None:
+        """Adds a gradient [c, entries] times W to `out` [c, H]."""
+        gradient = self._narrowed(gradient)
+        for part in self.parts:
+            _add_product(out, gradient[:, part], self.weight[part])
+
+    def to_weight(self, gradient: Tensor, hidden: Tensor, out: Tensor) -> None:
+        """Adds a gradient [c, entries], transposed, times [c, H] to `out` [entries, H]."""
+        gradient = self._narrowed(gradient)
+        _add_product(out, gradient.t(), hidden.to(gradient.dtype))
+
+    def _narrowed(self, gradient: Tensor) -> Tensor:
+        """In the precision of products, but not in float16: no loss scale has been applied yet that it would need."""
+        return gradient if self.low is None or self.low == torch.float16 else gradient.to(self.low)
 
 
 class _Pass:
@@ -172,11 +189,9 @@ class _Pass:
         teacher = work.teacher
         self.shared = 0 if teacher is None else min(len(weight), len(teacher.head.weight))
         self.used = self.shared if work.labels is None else len(weight)  # entries of the student that are looked at
-        self.student = _Layer(weight, bias, work.softcap, self.used, h)
-        self.teacher = None
-        if teacher is not None:
-            head = teacher.head
-            self.teacher = _Layer(head.weight, head.bias, head.softcap, self.shared, teacher.hidden)
+        head = Head(weight, bias, work.softcap)
+        self.student = _Layer(head, self.used, self.wide)
+        self.teacher = None if teacher is None else _Layer(teacher.head, self.shared, self.wide)
         self.sums = [
             torch.zeros(x.shape, dtype=self.wide, device=x.device) if x is not None and asked else None
             for x, asked in zip(self.inputs, wanted, strict=True)
@@ -225,35 +240,40 @@ class _Pass:
         if slope is not None:
             z.mul_(slope)
 
-    def _accumulate(self, z: Tensor, rows: slice) -> None:
-        """Adds what a chunk's gradient z [c, used] gives for h, W and b."""
+    def _accumulate(self, gradient: Tensor, rows: slice) -> None:
+        """Adds what a chunk's gradient [c, used] gives for h, W and b."""
         to_h, to_weight, to_bias = self.sums
-        layer = self.student
-        # float16 has not the range for gradients that no loss scale has been applied to
-        dtype = self.wide if layer.dtype == torch.float16 else layer.dtype
-        low = z.to(dtype)
-        if to_weight is not None:
-            h = self.h[rows].to(dtype)
-            if dtype == self.wide:
-                to_weight[: self.used].addmm_(low.t(), h)
-            else:
-                to_weight[: self.used].add_(low.t() @ h)
         if to_h is not None:
-            to_h[rows] = low @ layer.weight.to(dtype)
+            self.student.to_hidden(gradient, to_h[rows])
+        if to_weight is not None:
+            self.student.to_weight(gradient, self.h[rows], to_weight[: self.used])
         if to_bias is not None:
-            to_bias[: self.used].add_(z.sum(0))
+            to_bias[: self.used].add_(gradient.sum(0))
 
     def gradients(self) -> list[Tensor | None]:
         """Of h, W and b, in their own dtypes; None where not wanted."""
         return [s if s is None or x is None else s.to(x.dtype) for s, x in zip(self.sums, self.inputs, strict=True)]
 
 
-def _precision(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """That products are taken in: autocast's, which leaves float64 alone, or that of both factors."""
-    kind = hidden.device.type
-    if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
-        return torch.get_autocast_dtype(kind)
-    return torch.promote_types(hidden.dtype, weight.dtype)
+def _low_precision(weight: Tensor, wide: torch.dtype) -> torch.dtype | None:
+    """The 16 bits that factors of products are to have; None for what they are, widened. CPUs gain nothing by rounding."""
+    kind = weight.device.type
+    if kind == "cpu" or wide == torch.float64:
+        return None
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    return None if dtype == wide else dtype
+
+
+def _add_product(out: Tensor, a: Tensor, b: Tensor, keep: bool = True) -> None:
+    """out = keep out + a b, with `out`'s precision in all sums, whatever that of the factors.
+
+    A product rounded to 16 bits before it is added to others would lose what is small in each of many chunks.
+    """
+    if a.dtype == b.dtype != out.dtype and out.is_cuda and WIDE_PRODUCTS:
+        product = torch.mm(a, b, out_dtype=out.dtype)
+        out.copy_(out + product if keep else product)
+    else:
+        out.addmm_(a.to(out.dtype), b.to(out.dtype), beta=float(keep))
 
 
 def _tiles(rows: int, entries: int, device: str) -> Iterator[slice]:

@@ -31,7 +31,7 @@ class Divergence:
         jsd               beta KL(p||m) + (1 - beta) KL(q||m), m = beta p + (1 - beta) q     (arXiv 2306.13649, section 2)
         skew_kl           KL(p || alpha p + (1 - alpha) q)                          (arXiv 2402.03898, section 3.1)
         skew_reverse_kl   KL(q || (1 - alpha) p + alpha q)                          (the same)
-        tvd               1/2 sum |p - q|
+        tvd               1/2 sum |p - q|, whose gradient jumps at p = q
 
     Attributes:
         kind: which of them.
