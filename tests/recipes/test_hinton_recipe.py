@@ -74,7 +74,8 @@ def test_a_finished_run_resumed_is_the_same_run(finished: Any) -> None:
 @pytest.mark.parametrize(
     ("more", "named"),
     [
-        (["--seeds", 0], "--seeds"), (["--temperatures", "0"], "--method.temperature"), (["--teacher_steps", -1], "--teacher_steps"),
+        (["--seeds", 0], "--seeds"), (["--temperatures", "0"], "--method.temperature"),
+        (["--teacher_steps", -1], "--teacher_steps"),
         (["--data.labelled", 100], "--data.labelled"), (["--student.widths", "4"], "--student.widths"),
         (["--teacher.path", "/no/model"], "--teacher.path"),
     ],
