@@ -37,7 +37,7 @@ class HubImages(EncodedImages):
     def __init__(
         self, path: str, split: str = "train", image_column: str = "image", caption_column: str | None = "text"
     ) -> None:
-        rows = _load(path, split)
+        rows = load_rows(path, split)
         if image_column not in rows.column_names:
             raise InputError(
                 f"expected a column {image_column!r} in {path!r}, got {rows.column_names}; fix --data.image_column"
@@ -107,7 +107,7 @@ class HubImages(EncodedImages):
                 yield f"{path} {stat and (stat.st_size, stat.st_mtime_ns)}"
 
 
-def _load(path: str, split: str) -> Any:
+def load_rows(path: str, split: str) -> Any:
     """The `datasets.Dataset` of this split; InputError where there is none."""
     import datasets
 

@@ -83,8 +83,9 @@ class StudentConfig:
 
 @contextmanager
 def _another_adapter() -> Iterator[None]:
-    """Quiets PEFT's warning that a module gets a second adapter, which is what is meant here."""
+    """Quiets PEFT where what it warns of is meant: a second adapter on a module, transposed weights, which it sees itself."""
     with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False", category=UserWarning)
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute", category=UserWarning)
         yield
 

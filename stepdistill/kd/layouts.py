@@ -1,0 +1,72 @@
+"""Models made anew: a GPT-2 layout with a tokenizer trained on the texts, a ResNet layout. Weights come from a seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from ..data.text import Example
+from ..errors import InputError
+
+END = "<|endoftext|>"
+
+
+def seeded(seed: int, build: Callable[[], Any]) -> Any:
+    """What `build` returns, its weights drawn from `seed`; the global generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the accelerators too
+        return build()
+
+
+def train_tokenizer(examples: Sequence[Example], size: int, window: int) -> Any:
+    """A byte-level BPE tokenizer (arXiv 1508.07909) of `size` tokens, a function of the texts alone; every text can be read.
+
+    Its padding is its end-of-text token, as in GPT-2.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    if size < 257:
+        raise InputError(f"expected 257 tokens or more (each byte and the end of a text), got {size}; fix --vocabulary")
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=[END], initial_alphabet=sorted(alphabet), show_progress=False
+    )
+    inner.train_from_iterator((text for example in examples for text in _texts(example)), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=END, pad_token=END, model_max_length=window)
+
+
+def _texts(example: Example) -> list[str]:
+    if example.messages:
+        return [message["content"] for message in example.messages]
+    return [text for text in (example.text, example.prompt, example.completion) if text]
+
+
+def gpt2_layout(layers: int, width: int, tokenizer: Any, window: int, seed: int) -> Any:
+    """GPT2LMHeadModel with random weights, without dropout: the data order is all that is random in its training."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    end = tokenizer.eos_token_id
+    heads = max(1, width // 32)
+    if width % heads:
+        raise InputError(f"expected a width that {heads} heads divide, got {width}; a multiple of 32 always is")
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_positions=window, n_embd=width, n_layer=layers, n_head=heads, bos_token_id=end,
+        eos_token_id=end, pad_token_id=end, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    )  # fmt: skip
+    return seeded(seed, lambda: GPT2LMHeadModel(config))
+
+
+def resnet_layout(depths: Sequence[int], widths: Sequence[int], classes: Sequence[str], seed: int) -> Any:
+    """ResNetForImageClassification of basic blocks (arXiv 1512.03385) with random weights and the stock stem."""
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    config = ResNetConfig(
+        embedding_size=widths[0], hidden_sizes=list(widths), depths=list(depths), layer_type="basic",
+        id2label=dict(enumerate(classes)), label2id={name: i for i, name in enumerate(classes)},
+    )  # fmt: skip
+    return seeded(seed, lambda: ResNetForImageClassification(config))

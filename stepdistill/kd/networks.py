@@ -1,0 +1,269 @@
+"""Language models and classifiers of Transformers as networks: a student, full or an adapter, and a frozen teacher."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from ..errors import InputError
+from ..networks.lora import Adapters, StudentConfig
+from ..networks.network import Network
+from .chunked import Head
+
+LOGIT_SCALES = ("logit_scale", "lm_head_multiplier")  # factors on the logits, by their names in configs
+LOGIT_DIVISORS = ("logits_scaling",)
+SOFT_CAP = "final_logit_softcapping"
+
+
+class TransformersNetwork(Network):
+    """What language models and classifiers share: adapters, modes, recomputed activations."""
+
+    def student(self, config: StudentConfig, seed: int = 0) -> Self:
+        """A student of these weights that trains an adapter on them, or all of them; in train mode.
+
+        This object is used up: the student has its module.
+        """
+        student = copy.copy(self)
+        if config.kind == "lora":
+            student.adapters = Adapters(self.module)
+            student.adapters.attach("student", config.spec(self.lora_targets()), seed)
+            student.adapter = "student"
+        else:
+            self.module.float().requires_grad_(True)
+        student._fix_trainable()
+        student.module.train()
+        return student
+
+    @torch.no_grad()
+    def copy_from(self, other: Network) -> Self:
+        """Takes over what another student of the same checkpoint has learned."""
+        theirs = other.state()
+        for name, value in self.state().items():
+            value.copy_(theirs[name])
+        return self
+
+    def frozen(self) -> Self:
+        """This network as a teacher: in eval mode for good, nothing in it trains."""
+        self.module.requires_grad_(False).eval()
+        self._fix_trainable()
+        return self
+
+    def lora_targets(self) -> tuple[str, ...]:
+        """Names of all linear layers but the head."""
+        raise InputError(f"{type(self).__name__} has no layers that LoRA adapts by default; use --student.kind full")
+
+    def checkpoint_activations(self, wanted: bool = True) -> None:
+        """If `wanted`, activations are computed again in backward."""
+        if wanted:
+            module: Any = self.module
+            with warnings.catch_warnings():  # the name that all versions of 5 have; the newer ones call it deprecated
+                warnings.simplefilter("ignore", FutureWarning)
+                module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Within it the module is in eval mode and nothing has a graph; afterwards its mode is as it was, module by module."""
+        modes = [(part, part.training) for part in self.module.modules()]
+        self.module.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for part, training in modes:
+                part.training = training
+
+
+class CausalLM(TransformersNetwork):
+    """A causal language model of Transformers.
+
+    Positions count real tokens, so that padding on the left (or right) changes nothing; the same for student and teacher.
+
+    Args:
+        net: such as GPT2LMHeadModel.
+
+    Attributes:
+        explained: whether logits are :attr:`head` of :meth:`hidden`, found out by one forward.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__(net)
+        self._takes = frozenset(inspect.signature(net.forward).parameters)
+        self._body = next((name for name, part in net.named_modules() if name and part is self._base()), "")
+        self.explained = bool(self._body) and "logits_to_keep" in self._takes and self._head_explains_logits()
+
+    @property
+    def is_factored(self) -> bool:
+        """Whether a loss may go through the vocabulary in chunks; other heads, and shared-out ones, give their logits whole."""
+        return self.explained and not self.is_shared_out
+
+    @property
+    def is_shared_out(self) -> bool:
+        """Whether each process has some rows of the weights alone."""
+        return isinstance(self._output_layer().weight, DTensor)
+
+    def _base(self) -> nn.Module:
+        module: Any = self.module
+        base: nn.Module = module.base_model
+        return base
+
+    @property
+    def config(self) -> Any:
+        """The model's config."""
+        module: Any = self.module
+        return module.config
+
+    @property
+    def vocabulary(self) -> int:
+        """Entries of the logits; a table may be padded beyond the tokenizer's."""
+        return int(self._output_layer().weight.shape[0])
+
+    @property
+    def window(self) -> int | None:
+        """The most tokens that positions are there for; None where the config names no such number."""
+        found = self.config.to_dict().get("max_position_embeddings") or self.config.to_dict().get("n_positions")
+        return None if found is None else int(found)
+
+    def _output_layer(self) -> Any:
+        module: Any = self.module
+        return module.get_output_embeddings()
+
+    @property
+    def head(self) -> Head:
+        """The output layer with its live weights, the input embeddings' own where they are tied, and the config's soft-cap."""
+        layer = self._output_layer()
+        return Head(layer.weight, layer.bias, self.config.to_dict().get(SOFT_CAP))
+
+    @property
+    def _scale(self) -> float:
+        """Of the logits, by the config; on the hidden states here."""
+        known = self.config.to_dict()
+        factors = [known.get(name) or 1.0 for name in LOGIT_SCALES]
+        return float(math.prod(factors) / math.prod(known.get(name) or 1.0 for name in LOGIT_DIVISORS))
+
+    def tapped(self, name: str, output: Any) -> Any:
+        return output[0]  # the last hidden state, of a ModelOutput as of a tuple
+
+    def _arguments(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
+        given = {"input_ids": input_ids, "attention_mask": attention_mask.long(), "use_cache": False}
+        if "position_ids" in self._takes:
+            given["position_ids"] = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+        return given
+
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Logits [B, S, V] of tokens [B, S]; those at padding mean nothing."""
+        with self.active():
+            logits: Tensor = self.net(**self._arguments(input_ids, attention_mask)).logits
+        return logits
+
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """What the head reads, [B, S, H], after the last norm, times the logits' scale. Where :attr:`is_factored`."""
+        with self.active(), self.taps((self._body,)) as kept:
+            # through net, so that DDP knows of it, and with the logits of one place, which cost next to nothing
+            self.net(**self._arguments(input_ids, attention_mask), logits_to_keep=1)
+        hidden: Tensor = kept[self._body]
+        return hidden if self._scale == 1.0 else hidden * self._scale
+
+    def _head_explains_logits(self) -> bool:
+        layer = self._output_layer()
+        if not isinstance(layer, nn.Linear):
+            return False
+        ids = torch.arange(4, device=layer.weight.device)[None] % self.vocabulary
+        with self.evaluating():
+            mask = torch.ones_like(ids)
+            wanted, found = self(ids, mask).float(), self.head.logits(self.hidden(ids, mask)).float()
+        return (
+            bool((found - wanted).abs().max() <= 1e-2 * wanted.abs().max().clamp(min=1e-6))
+            and found.shape == wanted.shape
+        )
+
+    def lora_targets(self) -> tuple[str, ...]:
+        from transformers.pytorch_utils import Conv1D
+
+        head = self._output_layer()
+        linear = [
+            name
+            for name, part in self.module.named_modules()
+            if isinstance(part, (nn.Linear, Conv1D)) and part is not head
+        ]
+        return tuple(sorted(linear))
+
+
+class Classifier(TransformersNetwork):
+    """An image classifier of Transformers; it takes images in [-1, 1] and scales them as its processor would.
+
+    Args:
+        net: such as ResNetForImageClassification.
+        mean, std: per channel, of pixels in [0, 1], as its processor has them; 0.5 each leaves [-1, 1] as it is.
+    """
+
+    def __init__(self, net: nn.Module, mean: tuple[float, ...] = (0.5,), std: tuple[float, ...] = (0.5,)) -> None:
+        super().__init__(net)
+        self.mean, self.std = mean, std
+
+    @property
+    def classes(self) -> dict[int, str]:
+        """Class number -> name."""
+        module: Any = self.module
+        return dict(module.config.id2label)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] in [-1, 1] -> logits [B, classes]."""
+        mean, std = (images.new_tensor(values).view(1, -1, 1, 1) for values in (self.mean, self.std))
+        with self.active():
+            logits: Tensor = self.net(pixel_values=((images + 1.0) / 2.0 - mean) / std).logits
+        return logits
+
+
+def check_same_tokens(student: Any, teacher: Any, flag: str = "--student.path") -> None:
+    """InputError unless two tokenizers give every text the same ids: a loss compares the two models' next tokens by id.
+
+    Tables of logits may be padded to different sizes; the losses take the ids that both have.
+    """
+    if student.get_vocab() != teacher.get_vocab():
+        ours, theirs = student.get_vocab(), teacher.get_vocab()
+        odd = sorted(word for word in ours.keys() | theirs.keys() if ours.get(word) != theirs.get(word))
+        raise InputError(
+            f"expected one tokenizer for student and teacher, got {len(ours)} and {len(theirs)} tokens, of which {len(odd)} "
+            f"differ, first {odd[0]!r}: their next-token distributions are over different things; take models of one family, "
+            f"or a student made anew with the teacher's tokenizer ({flag})"
+        )
+    for text in PROBES:
+        one, other = (t(text, add_special_tokens=False)["input_ids"] for t in (student, teacher))
+        if one != other:
+            raise InputError(
+                f"expected one tokenizer for student and teacher, got the same tokens but other cuts: {text!r} is {one} and "
+                f"{other}; take models of one family ({flag})"
+            )
+
+
+PROBES = (
+    "The quick brown fox can't jump over 1,234.5 lazy dogs!",
+    "  two  spaces\n\n\ttabs, NEW lines\r\n and trailing ",
+    "naïve café — 北京 Привет 🙂",
+    "def f(x):\n    return {'a': x ** 2}\n",
+)
+
+
+def sizes(networks: Mapping[str, Network]) -> dict[str, int]:
+    """Parameters of each network, tied ones once."""
+    return {name: sum(p.numel() for p in network.module.parameters()) for name, network in networks.items()}
+
+
+def smaller_teacher(student: Network, teacher: Network) -> str:
+    """What to say where the teacher is the smaller of the two; "" otherwise."""
+    count = sizes({"student": student, "teacher": teacher})
+    if count["teacher"] >= count["student"]:
+        return ""
+    return (
+        f"the teacher ({count['teacher']:,} parameters) is smaller than the student ({count['student']:,}): are --teacher.path "
+        "and --student.path the wrong way round?"
+    )

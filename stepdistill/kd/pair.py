@@ -1,0 +1,166 @@
+"""A teacher and a student of one tokenizer: opened from checkpoints, or laid out anew. Recipes read the options first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from ..data.text import Example
+from ..errors import InputError
+from ..networks.lora import StudentConfig
+from .networks import CausalLM, check_same_tokens
+
+DEMO = "demo"
+
+
+@dataclass
+class LMTeacherConfig:
+    """Whom to learn from.
+
+    Attributes:
+        path: a folder or hub id of a causal language model, or "demo" for a small GPT-2 layout that is trained first.
+        revision: branch, tag or commit on the hub.
+        fit_steps: optimizer steps on the same text before it teaches; by default none for checkpoints, twice the
+            student's for a demo.
+        layers: of the demo.
+        width: of the demo.
+    """
+
+    path: str = DEMO
+    revision: str | None = None
+    fit_steps: int | None = None
+    layers: int = 4
+    width: int = 128
+
+    def __post_init__(self) -> None:
+        if self.fit_steps is not None and self.fit_steps < 0:
+            raise InputError(f"expected fit_steps >= 0, got {self.fit_steps}; fix --teacher.fit_steps")
+        _check_layout("teacher", self.layers, self.width)
+
+    def steps(self, train: int) -> int:
+        """Optimizer steps before it teaches; `train` is how many the student has."""
+        if self.fit_steps is not None:
+            return self.fit_steps
+        return 2 * train if self.path == DEMO else 0
+
+
+@dataclass
+class LMStudentConfig:
+    """What trains.
+
+    Attributes:
+        path: a folder or hub id of a causal language model, or "demo" for a small GPT-2 layout with random weights.
+        revision: branch, tag or commit on the hub.
+        kind: "full", all its weights, or "lora", an adapter on them, which is merged into them at the end.
+        rank: the adapter's inner dimension.
+        alpha: its strength is alpha / rank; the rank by default.
+        layers: of the demo.
+        width: of the demo.
+    """
+
+    path: str = DEMO
+    revision: str | None = None
+    kind: Literal["full", "lora"] = "full"
+    rank: int = 64
+    alpha: float | None = None
+    layers: int = 2
+    width: int = 64
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("full", "lora"):
+            raise InputError(f"expected full or lora, got {self.kind!r}; fix --student.kind")
+        if self.kind == "lora" and self.path == DEMO:
+            raise InputError(
+                "expected a checkpoint for an adapter, got random weights; give --student.path, or --student.kind full"
+            )
+        self.trained()
+        _check_layout("student", self.layers, self.width)
+
+    def trained(self) -> StudentConfig:
+        """What of the network trains."""
+        return StudentConfig(self.kind, self.rank, self.alpha)
+
+
+def _check_layout(whose: str, layers: int, width: int) -> None:
+    for name, value in (("layers", layers), ("width", width)):
+        if value < 1:
+            raise InputError(f"expected {name} >= 1, got {value}; fix --{whose}.{name}")
+
+
+class Pair:
+    """Teacher and student over one tokenizer.
+
+    Args:
+        teacher, student: which.
+        examples: texts that a tokenizer is trained on, where neither of the two brings one.
+        vocabulary: of that tokenizer.
+        window: positions of networks that are laid out anew.
+        seed: of their weights.
+        device: where they go.
+        dtype: of a frozen teacher's weights.
+
+    Attributes:
+        tokenizer: of both.
+
+    Raises InputError for checkpoints that can't be opened or that cut texts differently.
+    """
+
+    def __init__(
+        self, teacher: LMTeacherConfig, student: LMStudentConfig, examples: Sequence[Example], vocabulary: int, window: int,
+        seed: int, device: torch.device, dtype: torch.dtype = torch.float32,
+    ) -> None:  # fmt: skip
+        self.configs, self.window, self.seed, self.device, self.dtype = (teacher, student), window, seed, device, dtype
+        self.tokenizer = self._tokenizer(examples, vocabulary)
+
+    def _tokenizer(self, examples: Sequence[Example], vocabulary: int) -> Any:
+        from ..networks.pretrained import load_tokenizer
+        from .layouts import train_tokenizer
+
+        teacher, student = self.configs
+        found = [
+            load_tokenizer(config.path, flag, config.revision)
+            for config, flag in ((teacher, "--teacher.path"), (student, "--student.path"))
+            if config.path != DEMO
+        ]
+        if len(found) == 2:
+            check_same_tokens(found[1], found[0])
+        return found[0] if found else train_tokenizer(examples, vocabulary, self.window)
+
+    def teacher(self, trains: bool = False) -> CausalLM:
+        """The teacher, opened: with weights that are to be trained first, in float32, or frozen."""
+        teacher = CausalLM(
+            self._model(self.configs[0], "--teacher.path", self.seed, torch.float32 if trains else self.dtype)
+        )
+        return teacher.student(StudentConfig(kind="full")) if trains else teacher.frozen()
+
+    def student(self, recompute: bool = False) -> CausalLM:
+        """A student, opened: the same weights each time. `recompute`: activations are computed again in backward."""
+        config = self.configs[1]
+        lm = CausalLM(self._model(config, "--student.path", self.seed + 1, torch.float32))
+        student = lm.student(config.trained(), self.seed)
+        student.checkpoint_activations(recompute)
+        return student
+
+    def _model(self, config: LMTeacherConfig | LMStudentConfig, flag: str, seed: int, dtype: torch.dtype) -> Any:
+        from ..networks.pretrained import load_model
+        from .layouts import gpt2_layout
+
+        if config.path == DEMO:
+            model = gpt2_layout(config.layers, config.width, self.tokenizer, self.window, seed)
+        else:
+            model = load_model("AutoModelForCausalLM", config.path, flag, config.revision, dtype)
+        lm = model.to(self.device)
+        self._check_window(lm, config.path)
+        return lm
+
+    def _check_window(self, model: Any, path: str) -> None:
+        found = model.config.to_dict()
+        positions = found.get("max_position_embeddings") or found.get("n_positions")
+        if positions is not None and positions < self.window:
+            raise InputError(
+                f"expected blocks that fit in the {positions} positions of {path!r}, got {self.window} tokens; lower "
+                "--data.block_size"
+            )

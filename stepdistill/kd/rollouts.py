@@ -1,0 +1,85 @@
+"""Text that a student writes itself, as a function of (seed, step, position): generation with noise of our own.
+
+`generate` draws with `torch.multinomial` from a global generator. Here it chooses greedily after Gumbel noise was added to the
+logits, which is a sample of softmax(logits) (the Gumbel-max trick), and the noise belongs to the sample and the token alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data.tokens import Tokens
+from ..errors import InputError
+from ..randomness import StepRandom
+from .networks import CausalLM
+
+
+class GumbelMax:
+    """A LogitsProcessor: scores [B, V] of the next token -> scores whose maximum is a sample of it.
+
+    Args:
+        rng: of the samples.
+        start: tokens before the first that is written, padding included.
+    """
+
+    def __init__(self, rng: StepRandom, start: int) -> None:
+        self.rng, self.start = rng, start
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        written = input_ids.shape[1] - self.start
+        uniform = self.rng.uniform(f"token {written}", scores.shape[1:])
+        return scores.float() + gumbel(uniform).to(scores.device, torch.float32)
+
+
+def gumbel(uniform: Tensor) -> Tensor:
+    """-log(-log u) of u in [0, 1); -inf at 0, which never wins."""
+    return -torch.log(-torch.log(uniform))
+
+
+def generate(
+    student: CausalLM, prompt_ids: Tensor, prompt_mask: Tensor, new: int, end: int, rng: StepRandom | None = None
+) -> Tokens:
+    """Prompts [B, P] with what the student writes after them, up to `new` tokens; without any graph, and in eval mode.
+
+    Nothing of the checkpoint's own generation settings holds: no top-k, top-p, temperature or penalty.
+
+    Args:
+        student: any causal language model; its adapter computes.
+        prompt_ids, prompt_mask: padded on the left.
+        new: the most tokens that are written; the last is `end` where the student came to one.
+        end: the end-of-text token, which is written, learned, and followed by padding.
+        rng: of the samples; None writes the likeliest token each time.
+
+    Returns:
+        Tokens [B, P + n] whose targets are those that were written.
+
+    Raises InputError for a student that the processes share out: they would not write in step.
+    """
+    if student.is_shared_out:
+        raise InputError("expected whole weights to write text with, got shards of them; use --train.parallel ddp")
+    from transformers import GenerationConfig, LogitsProcessorList
+
+    module: Any = student.module
+    own = module.generation_config
+    # explicit, since generate() fills what is unset from the checkpoint's own settings
+    module.generation_config = GenerationConfig()
+    plan = GenerationConfig(
+        do_sample=False, num_beams=1, max_new_tokens=new, eos_token_id=end, pad_token_id=end, use_cache=True
+    )
+    noise = [] if rng is None else [GumbelMax(rng, prompt_ids.shape[1])]
+    try:
+        with student.evaluating(), student.active():
+            ids = module.generate(
+                prompt_ids, attention_mask=prompt_mask.long(), generation_config=plan,
+                logits_processor=LogitsProcessorList(noise),
+            )  # fmt: skip
+    finally:
+        module.generation_config = own
+    written = ids[:, prompt_ids.shape[1] :]
+    ended = (written == end).long().cumsum(1)
+    real = (ended - (written == end).long()) == 0  # up to the first end, and with it
+    mask = torch.cat([prompt_mask.bool(), real], 1)
+    return Tokens(ids, mask, torch.cat([torch.zeros_like(prompt_mask, dtype=torch.bool), real], 1))

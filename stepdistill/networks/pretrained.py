@@ -1,0 +1,88 @@
+"""Models and tokenizers of Transformers by folder or hub id, whole or not at all, with errors that name the fix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import InputError
+from ..families.loading import BROKEN, hub_is_reachable, is_local
+
+
+def load_model(auto: str, path: str, flag: str, revision: str | None = None, dtype: torch.dtype = torch.float32) -> Any:
+    """The model at `path`, in eval mode; InputError where any weight of it is not in the files.
+
+    The stock loaders only warn of missing weights, and draw them at random; a classifier whose head is new has a random one.
+
+    Args:
+        auto: a class of Transformers, such as "AutoModelForCausalLM".
+        path: a folder with config.json and safetensors, or a hub id.
+        flag: the option that said so, for messages.
+        revision: branch, tag or commit on the hub.
+        dtype: of the weights.
+    """
+    import transformers
+
+    check_place(path, flag, revision)
+    quiet()
+    with explained(f"a model for {auto} at {path!r}", flag):
+        model, info = getattr(transformers, auto).from_pretrained(
+            str(Path(path).expanduser()) if is_local(path) else path,
+            revision=revision or "main", dtype=dtype, use_safetensors=True, output_loading_info=True,
+        )  # fmt: skip
+    wrong = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+    if wrong:
+        raise InputError(
+            f"expected all weights that the config at {path!r} describes, got {len(wrong)} missing or of another shape, first "
+            f"{', '.join(wrong[:3])}; is it a model of another kind, without this head? fix {flag}"
+        )
+    return model
+
+
+def load_tokenizer(path: str, flag: str, revision: str | None = None) -> Any:
+    """The tokenizer beside a model."""
+    from transformers import AutoTokenizer
+
+    check_place(path, flag, revision)
+    with explained(f"a tokenizer at {path!r}", flag):
+        return AutoTokenizer.from_pretrained(
+            str(Path(path).expanduser()) if is_local(path) else path, revision=revision or "main"
+        )
+
+
+def check_place(path: str, flag: str, revision: str | None = None, file: str = "config.json") -> None:
+    """InputError for a folder without a model, and for a hub id that is neither cached nor within reach.
+
+    The hub's own client says so after a minute.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    fix = f"give {flag} a folder with {file} and safetensors, or a hub id such as org/name"
+    if is_local(path):
+        if not (Path(path).expanduser() / file).is_file():
+            raise InputError(f"expected a model of Transformers at {path!r}, got no {file} there; {fix}")
+    elif not isinstance(try_to_load_from_cache(path, file, revision=revision), str) and not hub_is_reachable():
+        raise InputError(
+            f"expected a hub id or folder in {flag}, got {path!r}, which is neither a folder here nor in the hub's cache, and "
+            f"the hub cannot be reached; {fix}"
+        )
+
+
+def quiet() -> None:
+    """No bar of Transformers' own for each file it reads or writes."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+@contextmanager
+def explained(what: str, flag: str) -> Iterator[None]:
+    """Says in one paragraph what Transformers stumbled over."""
+    try:
+        yield
+    except BROKEN as error:
+        raise InputError(f"expected {what}, got: {' '.join(str(error).split())[:400]}; fix {flag}") from error

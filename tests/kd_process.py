@@ -1,0 +1,51 @@
+"""Distillation in one process or in several: `[torchrun] kd_process.py FOLDER`, from the tests of kd/. A global batch of 8."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from language import END, FULL, llama, student, teacher, uneven
+from toys import options
+
+from stepdistill.kd.divergences import Divergence
+from stepdistill.kd.gkd import GKD, GKDConfig
+from stepdistill.kd.language_model import LanguageModelKD, LanguageModelKDConfig, NextToken
+from stepdistill.kd.networks import CausalLM
+from stepdistill.method import Method
+from stepdistill.training.trainer import Trainer
+
+
+def fit(folder: Path, method: Method, **changes: Any) -> None:
+    """Four steps; rows of other lengths, so that processes have other numbers of tokens."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    train = {
+        "max_train_steps": 4,
+        "train_batch_size": 8 // world,
+        "adam_epsilon": 1e-2,
+        "learning_rate": 3e-3,
+        "seed": 3,
+    }
+    Trainer(options(**{**train, **changes}), folder).fit(method, uneven(prompt=4))
+
+
+def untied() -> CausalLM:
+    """A student whose embedding and head are two, as sharing weights out wants it."""
+    return CausalLM(llama(1, tie_word_embeddings=False)).student(FULL)
+
+
+def everything(folder: Path) -> None:
+    """What 1 and 2 processes must agree on. With fsdp the second has half of the student, and whole logits."""
+    kd = LanguageModelKDConfig(Divergence("jsd"), ce_weight=0.3)
+    fit(folder / "kd", LanguageModelKD(kd, student(), teacher()), ema_decay=0.9)
+    fit(folder / "plain", NextToken(student()))
+    fit(folder / "gkd", GKD(GKDConfig(0.5, max_new_tokens=5), student(), teacher(), uneven(prompt=4), END))
+    fit(folder / "fsdp", LanguageModelKD(kd, untied(), teacher()), parallel="fsdp")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    everything(Path(sys.argv[1]))
