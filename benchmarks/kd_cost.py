@@ -99,7 +99,7 @@ def timed(side: str, setting: Setting) -> tuple[float, list[float]]:
     loss = SIDES[side](setting)
     gradients = setting.gradients(loss)
     seconds = time.process_time() - began
-    return seconds, [float(loss), *(float(g.norm()) for g in gradients)]
+    return seconds, [float(loss.detach()), *(float(g.norm()) for g in gradients)]
 
 
 def times(tokens: int, sides: list[str], options: Benchmark) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
