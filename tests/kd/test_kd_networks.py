@@ -65,7 +65,7 @@ def test_padding_on_either_side_changes_nothing(kind: str) -> None:
 
 
 def test_a_teacher_never_trains_and_a_student_does() -> None:
-    wise, pupil = teacher(), student()
+    wise, pupil = CausalLM(gpt2(0).train()).frozen(), student()
     assert wise.trainable() == [] and not any(p.requires_grad for p in wise.module.parameters())
     assert not any(part.training for part in wise.module.modules())
     assert pupil.module.training and len(pupil.trainable()) == len(list(pupil.module.parameters()))

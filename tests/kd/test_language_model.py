@@ -10,7 +10,7 @@ from language import END, FULL, VOCABULARY, batch_of, gpt2, llama, student, teac
 from torch import Tensor
 from torch.nn import functional
 from torch.testing import assert_close
-from toys import EXACT, Killed, options, rows, same, saved, stopping_after
+from toys import EXACT, Killed, options, recorded, rows, same, saved, stopping_after
 
 from stepdistill.data.tokens import Row, TokenRows, Tokens
 from stepdistill.errors import InputError
@@ -153,7 +153,11 @@ def test_the_teacher_is_read_without_a_graph_and_said_to_be_small() -> None:
     for parameter in wise.module.parameters():
         parameter.requires_grad_(True)
     method = LanguageModelKD(LanguageModelKDConfig(), pupil, wise)
-    method.training_step(batch_of(uneven(), range(4))).total.backward()
+    for factored in (True, False):
+        wise.explained = factored
+        with recorded(wise.module.transformer.h[0].mlp.c_fc) as calls:
+            method.training_step(batch_of(uneven(), range(4))).total.backward()
+        assert [with_grad for _, with_grad in calls] == [False]
     assert all(p.grad is None for p in wise.module.parameters())
     assert "wrong way round" in method.watch({}) and method.watch({}) == ""
 
