@@ -240,8 +240,8 @@ def measure(options: Benchmark, paths: dict[str, str]) -> Iterator[Row]:
         for what in (BY_HAND, COPIES):
             yield compare(what, network, "peak memory", peaks(what, paths[network], options), options.seed)
     for network in (name for name in ("demo", "wide") if options.measures(f"{name}, LADD")):
-        given = paths[network], options.batch, options.seed
-        sizes = [held(Setting(*given, LADD_LORA))], [held(Setting(*given, LADD_FULL))]
+        alike = paths[network], options.batch, options.seed
+        sizes = [held(Setting(*alike, LADD_LORA))], [held(Setting(*alike, LADD_FULL))]
         yield compare(LORA, f"{network}, LADD", "weights and moments", sizes, options.seed)
         yield compare(LORA, f"{network}, LADD", "peak memory", peaks(LORA, paths[network], options), options.seed)
 
