@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -114,10 +116,19 @@ def test_settings_of_the_checkpoint(folders: dict[str, Path], tmp_path: Path) ->
     assert open_eye(EyeConfig(str(save(build("dinov2"), tmp_path / "none", **none)))).size == (32, 32)
 
 
+def test_an_eye_sees_the_same_picture_the_same_way(folders: dict[str, Path], tmp_path: Path) -> None:
+    """A masked autoencoder that hides nothing still draws an order of the patches at each call."""
+    folder = Path(shutil.copytree(folders["masked"], tmp_path / "masked"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "mask_ratio": 0.0}))
+    with pytest.raises(InputError, match=r"others at each call \(masked autoencoders"):
+        open_eye(EyeConfig(str(folder)))
+
+
 @pytest.mark.parametrize(
     ("kind", "taps", "said"),
     [
-        ("masked", None, r"others at each call \(masked autoencoders"),
+        ("masked", None, r"got \(1, 5, 16\); tap another module .* DINOv2"),
         ("text", None, r"--eye\.path"),
         ("vit", ["layers.0", "nowhere"], r"'nowhere'; fix --method\.taps"),
         ("vit", ["pooler"], r"at 'pooler', got \(1, 16\)"),
