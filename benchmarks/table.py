@@ -111,6 +111,18 @@ def metric_cost(path: Path) -> str:
     return "\n".join([*lines, "", how])
 
 
+def kd_cost(path: Path) -> str:
+    """What benchmarks/kd_cost.py measured, and how to read it."""
+    about, lines = _ratios(path)
+    how = (
+        f"JSD of beta {about['beta']} from hidden states of width {about['student_width']} and {about['teacher_width']} over "
+        f"{about['vocabulary']:,} tokens, forward and backward, {about['dtype']}, {about['threads']} CPU thread, torch "
+        f"{about['torch']}, TRL {about['trl']}, Liger {about['liger-kernel']} without compilation. Times in turns; "
+        "peak memory is what comes on top of the inputs, in processes of their own."
+    )
+    return "\n".join([*lines, "", how])
+
+
 def curve(path: Path) -> str:
     """What benchmarks/steps_vs_quality.py measured, and how to read it."""
     data = json.loads(path.read_text(encoding="utf-8"))
@@ -144,6 +156,7 @@ BLOCKS = (
     Block("docs/demo.md", "adversarial adapter", RESULTS / "demo_ladd_lora.json", results_table),
     Block("docs/demo.md", "adversarial, in pixels", RESULTS / "demo_add.json", results_table),
     Block("docs/guides/how_many_steps.md", "curve", RESULTS / "steps_vs_quality.json", curve),
+    Block("docs/guides/distilling_language_models.md", "kd cost", RESULTS / "kd_cost.json", kd_cost),
     Block("docs/guides/how_many_steps.md", "metric cost", RESULTS / "metric_cost.json", metric_cost),
 )
 

@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from ..data.text import Example
 from ..data.tokens import Row, TokenRows, Tokens, conversations, end_of_text, padded, windows
 from ..errors import InputError
@@ -176,13 +174,3 @@ def side_by_side(prompts: Sequence[str], written: Mapping[str, Sequence[str]]) -
     for i, prompt in enumerate(prompts):
         lines.append(f"| {beginning(prompt)} | {' | '.join(beginning(texts[i], 120) for texts in written.values())} |")
     return "\n".join(lines)
-
-
-def fingerprint_of(rows: TokenRows) -> str:
-    """A hash of all tokens and targets."""
-    import hashlib
-
-    found = hashlib.blake2b(digest_size=16)
-    for row in rows.rows:
-        found.update(torch.tensor([*row.ids, -1, *map(int, row.learned)]).numpy().tobytes())
-    return found.hexdigest()
