@@ -22,6 +22,9 @@ FORM = (
 )
 
 
+CLASSES = tuple(f"{colour} {shape}" for shape in SHAPES for colour in COLOUR_NAMES)  # of the demo
+
+
 @dataclass
 class LabelledConfig:
     """Images with classes.
@@ -124,9 +127,13 @@ def open_labelled(config: LabelledConfig) -> tuple[LabelledImages, LabelledImage
     return train, test
 
 
+def class_names(config: LabelledConfig) -> tuple[str, ...]:
+    """The classes of what `config` names, in the order of their numbers; no image is decoded. Raises InputError."""
+    return CLASSES if config.path == "demo" else _classes(_rows(config, config.split), config)
+
+
 def _objects(seed: int, count: int, resolution: int) -> LabelledImages:
     """Scenes of the world with their first object alone: 48 classes of shape and colour on any ground."""
-    classes = [f"{colour} {shape}" for shape in SHAPES for colour in COLOUR_NAMES]
     images, labels = [], []
     shapes, colours = ATTRIBUTES["first shape"], ATTRIBUTES["first colour"]
     for i in range(count):
@@ -134,7 +141,7 @@ def _objects(seed: int, count: int, resolution: int) -> LabelledImages:
         alone = replace(found, second=found.first)
         images.append(torch.from_numpy(render(alone, resolution)).permute(2, 0, 1))
         labels.append(shapes.index(found.first.shape) * len(colours) + colours.index(found.first.colour))
-    return LabelledImages(torch.stack(images), torch.tensor(labels), classes)
+    return LabelledImages(torch.stack(images), torch.tensor(labels), CLASSES)
 
 
 def _table(config: LabelledConfig) -> tuple[LabelledImages, LabelledImages]:
