@@ -282,6 +282,11 @@ def test_weights_that_a_precision_does_not_hold() -> None:
     assert check_rounding(model, round_weights(model, torch.bfloat16), probe, torch.bfloat16) < 0.02
     with pytest.raises(ExportError, match=r"float16 compute something else.*--export\.dtype"):
         check_rounding(model, round_weights(model, torch.float16), probe, torch.float16)
+    broken = round_weights(model, torch.bfloat16)
+    with torch.no_grad():
+        broken.transformer.ln_f.bias[0] = torch.nan
+    with pytest.raises(ExportError, match="move by nan"):
+        check_rounding(model, broken, probe, torch.bfloat16)
 
 
 def test_a_classifier_s_student_is_that_of_the_method_s_own_temperature(classifier_run: Path, tmp_path: Path) -> None:
