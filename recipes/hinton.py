@@ -8,6 +8,7 @@ from pathlib import Path
 
 from stepdistill.config import CommaList, Parsed, run
 from stepdistill.data.labelled import LabelledConfig
+from stepdistill.export.config import NetworkExportConfig
 from stepdistill.kd.classifiers import ClassifierConfig
 from stepdistill.kd.hinton import HintonConfig
 from stepdistill.training.config import TrainConfig
@@ -22,6 +23,7 @@ class Recipe:
     data: LabelledConfig = field(default_factory=LabelledConfig)
     method: HintonConfig = field(default_factory=HintonConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    export: NetworkExportConfig = field(default_factory=NetworkExportConfig)
     teacher_steps: int | None = None
     temperatures: CommaList = field(default_factory=lambda: CommaList.parse("1,4"))
     seeds: int = 3
@@ -32,7 +34,8 @@ class Recipe:
 def main(parsed: Parsed[Recipe]) -> None:
     from stepdistill.data.labelled import open_labelled
     from stepdistill.errors import InputError
-    from stepdistill.export.classifier import finish, group_name
+    from stepdistill.export.classifier import finish, fit_name, group_name
+    from stepdistill.export.hub import check_hub
     from stepdistill.export.transformer import weights_hash
     from stepdistill.kd.classifiers import accuracy, open_classifier
     from stepdistill.kd.hinton import HardLabels, Hinton
@@ -44,6 +47,7 @@ def main(parsed: Parsed[Recipe]) -> None:
     if r.seeds < 1:
         raise InputError(f"expected seeds >= 1, got {r.seeds}; fix --seeds")
     trainer = Trainer(r.train, r.output_dir, parsed.yaml)
+    check_hub(r.export, r.output_dir)
     images, test = open_labelled(r.data)
     few, seed, place = images.first(r.data.labelled), r.train.seed, (images.classes, trainer.device)
     teacher = open_classifier(r.teacher, "teacher", seed, *place)
@@ -57,14 +61,13 @@ def main(parsed: Parsed[Recipe]) -> None:
         for temperature, config in [(None, None)] * r.control + groups:
             student = open_classifier(r.student, "student", seed + 1 + number, *place)
             method = HardLabels(student) if config is None else Hinton(config, student, teacher)
-            name = group_name(temperature)
-            trainer.fit(method, few, f"{name.replace(' ', '')}-{number}")
-            scores.setdefault(name, []).append(accuracy(student, test))
+            trainer.fit(method, few, fit_name(temperature, number))
+            scores.setdefault(group_name(temperature), []).append(accuracy(student, test))
             if temperature == r.method.temperature and number == 0:
                 exported = student
     if trainer.is_main:
         seen = {"teacher": len(images), "student": len(few)}
-        finish(r.output_dir, (r.teacher, r.student), teacher, exported, scores, test, seen)
+        finish(r.output_dir, (r.teacher, r.student), teacher, exported, scores, test, seen, r.export)
 
 
 if __name__ == "__main__":

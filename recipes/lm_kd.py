@@ -8,6 +8,7 @@ from pathlib import Path
 
 from stepdistill.config import Parsed, run
 from stepdistill.data.text import TextConfig
+from stepdistill.export.config import NetworkExportConfig
 from stepdistill.kd.evaluation import EvalConfig
 from stepdistill.kd.language_model import LanguageModelKDConfig
 from stepdistill.kd.pair import LMStudentConfig, LMTeacherConfig
@@ -23,6 +24,7 @@ class Recipe:
     data: TextConfig = field(default_factory=TextConfig)
     method: LanguageModelKDConfig = field(default_factory=LanguageModelKDConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    export: NetworkExportConfig = field(default_factory=NetworkExportConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     vocabulary: int = 2048
     control: bool = True
@@ -32,6 +34,7 @@ class Recipe:
 def main(parsed: Parsed[Recipe]) -> None:
     from stepdistill.data.text import open_texts
     from stepdistill.data.tokens import rows_of
+    from stepdistill.export.hub import check_hub
     from stepdistill.export.language_model import finish, writer
     from stepdistill.export.transformer import weights_hash
     from stepdistill.kd.evaluation import Examination
@@ -41,6 +44,7 @@ def main(parsed: Parsed[Recipe]) -> None:
 
     r = parsed.recipe
     trainer = Trainer(r.train, r.output_dir, parsed.yaml)
+    check_hub(r.export, r.output_dir)
     texts = open_texts(r.data)
     window, place = r.data.block_size, (trainer.device, trainer.weight_dtype)
     pair = Pair(r.teacher, r.student, texts.train, r.vocabulary, window, r.train.seed, *place)
@@ -64,7 +68,7 @@ def main(parsed: Parsed[Recipe]) -> None:
     )
     trainer.fit(method, data, "student", on_validate=samples)
     if trainer.is_main:
-        finish(r.output_dir, "lm_kd", pair, exam, {"teacher": teacher, **students}, before)
+        finish(r.output_dir, "lm_kd", pair, exam, {"teacher": teacher, **students}, before, export=r.export)
 
 
 if __name__ == "__main__":

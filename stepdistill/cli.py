@@ -46,8 +46,13 @@ def _parser() -> argparse.ArgumentParser:
     export.set_defaults(command=export_command)
     export.add_argument("run", metavar="RUN", help="run folder: the --output_dir of a training")
     export.add_argument("--output_dir", metavar="DIR", help="where to write (default: RUN)")
-    export.add_argument("--checkpoint", default="latest", metavar="WHICH", help="latest (default), a step, or a folder")
-    export.add_argument("--teacher.path", metavar="PATH", help="base model, where it has moved since the training")
+    export.add_argument(
+        "--checkpoint", default="latest", metavar="WHICH", help="latest, a step, a fit such as control, a folder"
+    )
+    export.add_argument("--teacher.path", metavar="PATH", help="teacher, where it has moved since the training")
+    export.add_argument(
+        "--student.path", metavar="PATH", help="what a student of classic distillation started from, too"
+    )
     export.add_argument(
         "--export.dtype", choices=("fp32", "fp16", "bf16"), help="of the saved weights (default: the run's)"
     )
@@ -83,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def export_command(options: dict[str, Any]) -> None:
-    """Rebuilds the student of a run from its config.yaml and a checkpoint, and writes what stock Diffusers loads.
+    """Rebuilds the student of a run from its config.yaml and a checkpoint, and writes what stock libraries load.
 
     The result is loaded back and compared; a difference is an error, and nothing is written over then.
     """
@@ -97,8 +102,9 @@ def export_command(options: dict[str, Any]) -> None:
         return {key: value for key, value in given.items() if value is not None}
 
     folder = export_run(
-        options["run"], options["output_dir"], options["checkpoint"], section("teacher"), section("export")
-    )
+        options["run"], options["output_dir"], options["checkpoint"], section("teacher"), section("export"),
+        section("student"),
+    )  # fmt: skip
     print(f"exported to {folder}")
 
 

@@ -49,7 +49,7 @@ def test_help_imports_no_torch(arguments: list[str]) -> None:
 
 def test_the_options_of_export() -> None:
     text = run("export", "--help").stdout
-    for option in ("RUN", "--output_dir", "--checkpoint", "--teacher.path"):
+    for option in ("RUN", "--output_dir", "--checkpoint", "--teacher.path", "--student.path"):
         assert option in text
     for option in ("dtype", "verify", "formats", "push_to_hub", "hub_model_id", "hub_private_repo"):
         assert f"--export.{option}" in text
@@ -87,19 +87,20 @@ def test_options_go_where_they_belong(monkeypatch: pytest.MonkeyPatch, capsys: p
     monkeypatch.setattr(rerun, "export_run", export_run)
     monkeypatch.setattr(config, "read_config", lambda run: {})
     cli.main(["export", "out/x"])
-    options = ["--output_dir", "b", "--checkpoint", "7", "--teacher.path", "p"]
+    options = ["--output_dir", "b", "--checkpoint", "7", "--teacher.path", "p", "--student.path", "s"]
     cli.main(["export", "a", *options, "--export.dtype", "fp16", "--export.verify", "full"])
     hub = ["--export.push_to_hub", "--export.hub_model_id", "x/y", "--export.hub_private_repo"]
     cli.main(["export", "a", "--export.formats", "diffusers,kohya", *hub])
     assert calls == [
-        ("out/x", None, "latest", {}, {}),
-        ("a", "b", "7", {"path": "p"}, {"dtype": "fp16", "verify": "full"}),
+        ("out/x", None, "latest", {}, {}, {}),
+        ("a", "b", "7", {"path": "p"}, {"dtype": "fp16", "verify": "full"}, {"path": "s"}),
         (
             "a",
             None,
             "latest",
             {},
             {"formats": "diffusers,kohya", "push_to_hub": True, "hub_model_id": "x/y", "hub_private_repo": True},
+            {},
         ),
     ]
     assert "exported to out/x" in capsys.readouterr().out

@@ -21,6 +21,7 @@ FORM = (
     "data set of `datasets` with columns of images and class labels, such as cifar10"
 )
 CENTRE, NEARER, STRAY = 32.0, 1.75, 0.4  # in a 64x64 image: objects of radius 17 to 23, 9 pixels from the middle at most
+CLASSES = tuple(f"{colour} {shape}" for shape in SHAPES for colour in COLOUR_NAMES)  # of the demo
 
 
 @dataclass
@@ -125,9 +126,13 @@ def open_labelled(config: LabelledConfig) -> tuple[LabelledImages, LabelledImage
     return train, test
 
 
+def class_names(config: LabelledConfig) -> tuple[str, ...]:
+    """The classes of what `config` names, in the order of their numbers; no image is decoded. Raises InputError."""
+    return CLASSES if config.path == "demo" else _classes(_rows(config, config.split), config)
+
+
 def _objects(seed: int, count: int, resolution: int) -> LabelledImages:
     """Scenes of the world with their first object alone, seen from near: 48 classes of shape and colour on any ground."""
-    classes = [f"{colour} {shape}" for shape in SHAPES for colour in COLOUR_NAMES]
     images, labels = [], []
     shapes, colours = ATTRIBUTES["first shape"], ATTRIBUTES["first colour"]
     for i in range(count):
@@ -135,7 +140,7 @@ def _objects(seed: int, count: int, resolution: int) -> LabelledImages:
         near = _near(found.first)
         images.append(torch.from_numpy(render(replace(found, first=near, second=near), resolution)).permute(2, 0, 1))
         labels.append(shapes.index(found.first.shape) * len(colours) + colours.index(found.first.colour))
-    return LabelledImages(torch.stack(images), torch.tensor(labels), classes)
+    return LabelledImages(torch.stack(images), torch.tensor(labels), CLASSES)
 
 
 def _near(thing: Thing) -> Thing:

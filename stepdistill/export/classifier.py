@@ -15,15 +15,22 @@ from ..bench.latency import measure, summary
 from ..data.labelled import LabelledImages
 from ..kd.classifiers import ClassifierConfig, accuracy
 from ..kd.networks import Classifier, sizes
+from .config import NetworkExportConfig
+from .hub import push
 from .transformer import Report, export_network
 
-CONTROL = "labels alone"
+TITLE, CONTROL = "Distilled image classifier", "labels alone"
 REPEATS = 20  # timed calls of each network
 
 
 def group_name(temperature: float | None) -> str:
     """Of the students at a temperature; None is the control group."""
     return CONTROL if temperature is None else f"T = {temperature:g}"
+
+
+def fit_name(temperature: float | None, number: int) -> str:
+    """Of a student's training, as its checkpoints are named."""
+    return f"{group_name(temperature).replace(' ', '')}-{number}"
 
 
 def gap_closed(control: float, student: float, teacher: float) -> float | None:
@@ -39,6 +46,7 @@ def finish(
     scores: Mapping[str, Sequence[float]],
     test: LabelledImages,
     trained_on: Mapping[str, int],
+    export: NetworkExportConfig | None = None,
 ) -> dict[str, Any]:
     """Measures the teacher, times both, exports the student and prints the table; returns the results.
 
@@ -47,6 +55,7 @@ def finish(
         student: the one that is exported.
         scores: group -> accuracy on `test` of each of its students.
         trained_on: how many images teacher and students saw.
+        export: in which precision the student is written, and where it is uploaded.
     """
     networks = {"teacher": teacher, "student": student}
     best, parameters, seconds = accuracy(teacher, test), sizes(networks), _latency(networks, test)
@@ -63,18 +72,22 @@ def finish(
         control = mean(scores[CONTROL])
         results["gap_closed"] = {n: gap_closed(control, mean(v), best) for n, v in scores.items() if n != CONTROL}
     table = _table(results)
-    details = [f"teacher: {configs[0].path}", f"{len(test.classes)} classes, images of {test.images.shape[-1]} pixels"]
+    details = [f"{len(test.classes)} classes, images of {test.images.shape[-1]} pixels"]
     report = Report(
-        "image-classification", "hinton", "Distilled image classifier", configs[1].path, configs[0].path, results,
+        "image-classification", "hinton", TITLE, configs[1].path, configs[0].path, results,
         details, {"Results": table},
     )  # fmt: skip
-    probe = test.pixels(range(min(2, len(test))))
-    mean_, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (student.mean, student.std))
-    export_network(
-        folder, student, _processor(student, probe.shape[-1]), {"pixel_values": ((probe + 1) / 2 - mean_) / std}, report
-    )
-    print(f"{table}\nthe student is in {folder}")
+    export, pixels = export or NetworkExportConfig(), test.pixels(range(min(2, len(test))))
+    export_network(folder, student, processor(student, pixels.shape[-1]), probe(student, pixels), report, export.dtype)
+    address = push(folder, export)
+    print(f"{table}\nthe student is in {folder}{f', and at {address}' if address else ''}")
     return results
+
+
+def probe(student: Classifier, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What a classifier is compared on: images [B, 3, H, W] in [-1, 1] as its module takes them."""
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (student.mean, student.std))
+    return {"pixel_values": ((pixels + 1) / 2 - mean) / std}
 
 
 def _latency(networks: Mapping[str, Classifier], test: LabelledImages) -> dict[str, float]:
@@ -91,7 +104,7 @@ def _call(network: Classifier, image: torch.Tensor) -> None:
         network(image)
 
 
-def _processor(student: Classifier, side: int) -> Any:
+def processor(student: Classifier, side: int) -> Any:
     """What scales an image to what the student was trained on."""
     from transformers import ViTImageProcessor
 

@@ -17,25 +17,34 @@ FORMATS = ("diffusers", "kohya")
 
 
 @dataclass
-class ExportConfig:
-    """What is written, how it is checked, and where it goes.
+class NetworkExportConfig:
+    """In which precision a network is written, and where it goes.
 
     Attributes:
-        dtype: of the saved weights; training keeps fp32, and a pipeline in half precision casts on load.
-        verify: "shared" loads an adapter back beside the student on the same weights, "full" into a fresh pipeline, "none"
-            trusts it; a full student is loaded anew either way.
-        formats: of a LoRA's files, comma separated: diffusers, and kohya, which web UIs read too.
+        dtype: of the saved weights; training keeps fp32, and whoever loads them may cast them.
         push_to_hub: upload the export at the end of the run; log in first with `hf auth login`, or set HF_TOKEN.
         hub_model_id: repository to upload to, `name` or `owner/name`; named like the output folder by default.
         hub_private_repo: make that repository private, where it is made.
     """
 
     dtype: Dtype = "fp32"
-    verify: Verify = "shared"
-    formats: CommaList = CommaList(("diffusers",))  # noqa: RUF009  # immutable
     push_to_hub: bool = False
     hub_model_id: str | None = None
     hub_private_repo: bool = False
+
+
+@dataclass
+class ExportConfig(NetworkExportConfig):
+    """What is written of a diffusion student, how it is checked, and where it goes.
+
+    Attributes:
+        verify: "shared" loads an adapter back beside the student on the same weights, "full" into a fresh pipeline, "none"
+            trusts it; a full student is loaded anew either way.
+        formats: of a LoRA's files, comma separated: diffusers, and kohya, which web UIs read too.
+    """
+
+    verify: Verify = "shared"
+    formats: CommaList = CommaList(("diffusers",))  # noqa: RUF009  # immutable
 
     def __post_init__(self) -> None:
         if "diffusers" not in self.formats or set(self.formats) - set(FORMATS):

@@ -14,15 +14,17 @@ from pathlib import Path
 from ..errors import InputError
 from ..families.loading import is_local
 from .card import CARD, SAMPLES, TABLE, card
-from .config import ExportConfig
+from .config import NetworkExportConfig
 from .folder import FACTS, read_facts
 from .lines import PLACE, loading_lines
+from .transformer import card as network_card
+from .transformer import elsewhere
 
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN to a token that may write"
 SHOWN = (f"{SAMPLES}/*.png", TABLE, "grid.png")  # beside the export itself
 
 
-def check_hub(config: ExportConfig, output_dir: str | Path) -> str | None:
+def check_hub(config: NetworkExportConfig, output_dir: str | Path) -> str | None:
     """The repository that the export will go to, made if missing; None where nothing is to be uploaded.
 
     Raises:
@@ -48,7 +50,7 @@ def check_hub(config: ExportConfig, output_dir: str | Path) -> str | None:
     return repo
 
 
-def push(folder: str | Path, config: ExportConfig) -> str | None:
+def push(folder: str | Path, config: NetworkExportConfig) -> str | None:
     """Uploads the export in `folder` in one commit; returns its address, or None where nothing is to be uploaded.
 
     What goes up: the files of the export, samples, the table and the picture grid. Not: config.yaml, metrics and checkpoints.
@@ -78,6 +80,9 @@ def files_to_upload(folder: Path) -> list[str]:
 def _content(folder: Path, name: str, repo: str) -> bytes | str:
     """A file's path, or for the two that speak of this machine what they say to others."""
     info = read_facts(folder)
+    if "task" in info and name in (CARD, FACTS):  # a network of Transformers
+        told = elsewhere(info)
+        return (network_card(repo, told) if name == CARD else json.dumps(told, indent=1) + "\n").encode()
     if name == CARD:
         return card(info, loading_lines(repo, info, elsewhere=True), folder, elsewhere=True).encode()
     if name == FACTS:
@@ -89,7 +94,7 @@ def _content(folder: Path, name: str, repo: str) -> bytes | str:
     return str(folder / name)
 
 
-def _repository(config: ExportConfig, output_dir: str | Path, user: str) -> str:
+def _repository(config: NetworkExportConfig, output_dir: str | Path, user: str) -> str:
     """`owner/name`; InputError for a name that the hub does not take."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id

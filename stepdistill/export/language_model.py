@@ -13,6 +13,8 @@ from ..kd.evaluation import Examination, gap_closed, side_by_side
 from ..kd.networks import CausalLM, sizes
 from ..kd.pair import Pair
 from .card import SAMPLES
+from .config import NetworkExportConfig
+from .hub import push
 from .transformer import Report, export_network
 
 TITLES = {"lm_kd": "Distilled language model", "gkd": "Language model distilled on its own text"}
@@ -39,6 +41,7 @@ def finish(
     models: Mapping[str, CausalLM],
     before: Mapping[str, float] | None = None,
     own_text: Mapping[str, float] | None = None,
+    export: NetworkExportConfig | None = None,
 ) -> dict[str, Any]:
     """Measures teacher, control and student, exports the student and prints the table; returns the results.
 
@@ -46,6 +49,7 @@ def finish(
         models: "teacher" and "student", and "control" where there is one.
         before: perplexities of an earlier moment, by name.
         own_text: how far control and student are from the teacher on what they write themselves, where that was measured.
+        export: in which precision the student is written, and where it is uploaded.
     """
     found = {**(before or {}), **exam.perplexities({name: models[name] for name in ORDER if name in models})}
     results: dict[str, Any] = {"perplexity": found, "tokens": exam.tokens, "stride": exam.stride, "window": pair.window}
@@ -61,15 +65,21 @@ def finish(
         sections["What they write"] = side_by_side(exam.prompts, written)
     teacher, student = pair.configs
     details = [
-        f"teacher: {teacher.path}, {sizes(models)['teacher']:,} parameters",
+        f"the teacher has {sizes(models)['teacher']:,} parameters",
         f"tokenizer: {len(pair.tokenizer):,} tokens",
     ]
     report = Report("text-generation", method, TITLES[method], student.path, teacher.path, results, details, sections)
-    ids = torch.arange(min(8, len(pair.tokenizer)))[None]
-    probe = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    export_network(folder, models["student"], pair.tokenizer, probe, report)
-    print(f"{table}\nthe student is in {folder}")
+    export = export or NetworkExportConfig()
+    export_network(folder, models["student"], pair.tokenizer, probe(pair.tokenizer), report, export.dtype)
+    address = push(folder, export)
+    print(f"{table}\nthe student is in {folder}{f', and at {address}' if address else ''}")
     return results
+
+
+def probe(tokenizer: Any) -> dict[str, torch.Tensor]:
+    """What a language model is compared on."""
+    ids = torch.arange(min(8, len(tokenizer)))[None]
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def _table(found: Mapping[str, float], parameters: Mapping[str, int], results: Mapping[str, Any]) -> str:

@@ -9,12 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
-from torch import Tensor
-
-from ..config import CommaList
 from ..errors import InputError
 from ..families import Model, TeacherConfig, load
 from ..methods.add import ADD, ADDConfig
@@ -24,14 +20,16 @@ from ..methods.lcm import LCM, LCMConfig
 from ..methods.progressive import Progressive, ProgressiveConfig
 from ..networks.denoiser import Denoiser
 from ..networks.lora import StudentConfig
-from ..training.checkpoint import Checkpoint, CheckpointStore
+from ..training.checkpoint import Checkpoint
 from ..training.snapshot import check_teacher
 from ..training.state import join_state
-from .config import CONFIG, ExportConfig, read_config
+from .config import ExportConfig, read_config
 from .hub import check_hub, push
 from .ladd import add_sampling, ladd_sampling
 from .lcm import lcm_sampling
 from .progressive import guidance_sampling, progressive_sampling
+from .reading import find_checkpoint, load_student, section
+from .rerun_kd import export_distilled
 from .sampling import Sampling
 from .student import export_student
 
@@ -64,9 +62,6 @@ METHODS = {
         ProgressiveConfig, "method", lambda config, model, takes, _: guidance_sampling(config.guidance(), model, takes)
     ),
 }
-LISTS = ("targets", "formats", "rungs", "times", "probabilities", "warmup_probabilities", "taps", "augmentations")
-PARSED: Mapping[str, Callable[[Any], Any]] = dict.fromkeys(LISTS, CommaList.parse)
-T = TypeVar("T")
 
 
 def export_run(
@@ -75,6 +70,7 @@ def export_run(
     checkpoint: str = "latest",
     teacher: dict[str, Any] | None = None,
     export: dict[str, Any] | None = None,
+    student: dict[str, Any] | None = None,
 ) -> Path:
     """Exports the student of `run`, its averaged weights where training kept an average; returns the folder written.
 
@@ -84,38 +80,32 @@ def export_run(
         checkpoint: "latest", a step, or a checkpoint's folder. A damaged one is an error, not passed over.
         teacher: fields of TeacherConfig to change, e.g. a path that has moved.
         export: fields of ExportConfig to change.
+        student: fields to change of a student that has a path of its own, as those of classic distillation have.
     """
     run, folder = Path(run), Path(output_dir or run)
     sections = read_config(run)
-    teacher_config = _section(TeacherConfig, sections, "teacher", teacher)
-    student_config = _section(StudentConfig, sections, "student")
-    export_config = _section(ExportConfig, sections, "export", export)
+    if "path" in (sections["student"] or {}):
+        changes = {"teacher": teacher or {}, "student": student or {}, "export": export or {}}
+        return export_distilled(run, folder, sections, checkpoint, changes)
+    if student:
+        raise InputError(
+            f"expected --teacher.path alone for {run}, whose student is made from its teacher, got --student.path; drop it"
+        )
+    teacher_config = section(TeacherConfig, sections, "teacher", teacher)
+    student_config = section(StudentConfig, sections, "student")
+    export_config = section(ExportConfig, sections, "export", export)
     found = find_checkpoint(run / "checkpoints", checkpoint)
     how = exported(sections, found.state)
-    method = _section(how.config, sections, how.section)
+    method = section(how.config, sections, how.section)
     check_hub(export_config, folder)
     model = load(teacher_config)
     check_teacher(found.state.get("teacher", {}), model.denoiser_hash(), f"checkpoint {found.path}")
-    student = rebuilt(model, student_config, found)
+    network = rebuilt(model, student_config, found)
     state = join_state(found.tensors("method"), found.state.get("method", {}))
-    plan = how.plan(method, model, student.takes_guidance, state)
-    export_student(folder, model, student, teacher_config, plan, export_config, run)
+    plan = how.plan(method, model, network.takes_guidance, state)
+    export_student(folder, model, network, teacher_config, plan, export_config, run)
     push(folder, export_config)
     return folder
-
-
-def find_checkpoint(folder: Path, which: str) -> Checkpoint:
-    """The checkpoint asked for, of all fits of a run; InputError where there is none, or it is damaged."""
-    fits = sorted(p for p in folder.glob("*") if p.is_dir() and not p.name.isdigit() and not p.name.startswith("."))
-    stores = [store for place in (folder, *fits) if (store := CheckpointStore(place)).steps()]
-    if which == "latest" and stores:
-        stores = [max(stores, key=lambda store: store.steps()[-1])]
-    elif which.isdecimal():
-        stores = [store for store in stores if int(which) in store.steps()][-1:] or stores[-1:]
-    found = (stores[-1] if stores else CheckpointStore(folder)).find(which, strict=True)
-    if found is None:
-        raise InputError(f"expected a checkpoint in {folder}, got none; train first, or name another run folder")
-    return found
 
 
 def exported(sections: dict[str, Any], state: Mapping[str, Any]) -> Exported:
@@ -131,17 +121,6 @@ def exported(sections: dict[str, Any], state: Mapping[str, Any]) -> Exported:
     return METHODS[name]
 
 
-def _section(cls: type[T], sections: dict[str, Any], name: str, changes: dict[str, Any] | None = None) -> T:
-    values = {**(sections.get(name) or {}), **(changes or {})}
-    known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
-    if unknown := set(values) - known:
-        raise InputError(
-            f"expected the fields {', '.join(sorted(known))} in section {name} of {CONFIG}, got also "
-            f"{', '.join(sorted(unknown))}; was it written by another version?"
-        )
-    return cls(**{k: PARSED[k](v) if k in PARSED and v is not None else v for k, v in values.items()})
-
-
 def rebuilt(model: Model, config: StudentConfig, checkpoint: Checkpoint) -> Denoiser:
     """The student with the checkpoint's weights, the averaged ones where there are any."""
     saved = checkpoint.tensors("student")
@@ -150,27 +129,3 @@ def rebuilt(model: Model, config: StudentConfig, checkpoint: Checkpoint) -> Deno
         student = model.denoiser.student(config, embed_guidance=True)
     load_student(student, checkpoint)
     return student
-
-
-def load_student(student: Denoiser, checkpoint: Checkpoint) -> None:
-    """Puts the checkpoint's weights into the student, and over them the average in `student.ema` if there is one."""
-    _copy(checkpoint.tensors("student"), student.state(), checkpoint)
-    if average := checkpoint.tensors("student.ema"):
-        _copy(average, {name: p.data for name, p in student.named_trainable().items()}, checkpoint)
-
-
-@torch.no_grad()
-def _copy(saved: Mapping[str, Tensor], live: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:
-    if saved.keys() != live.keys():
-        odd = sorted(saved.keys() ^ live.keys())
-        raise InputError(
-            f"expected the {len(live)} tensors of this student in {checkpoint.path}, got {len(saved)}; {len(odd)} are in one "
-            f"only, first {odd[0]}; do `student` and `teacher` in {CONFIG} belong to this checkpoint?"
-        )
-    for name, tensor in live.items():
-        if saved[name].shape != tensor.shape:
-            raise InputError(
-                f"expected {name} of shape {tuple(tensor.shape)} in {checkpoint.path}, got {tuple(saved[name].shape)}; is the "
-                f"rank in {CONFIG} the one of this checkpoint?"
-            )
-        tensor.copy_(saved[name])

@@ -101,6 +101,7 @@ class Pair:
         seed: of their weights.
         device: where they go.
         dtype: of a frozen teacher's weights.
+        tokenizer: theirs, where it is known; found or trained by default.
 
     Attributes:
         tokenizer: of both.
@@ -110,10 +111,10 @@ class Pair:
 
     def __init__(
         self, teacher: LMTeacherConfig, student: LMStudentConfig, examples: Sequence[Example], vocabulary: int, window: int,
-        seed: int, device: torch.device, dtype: torch.dtype = torch.float32,
+        seed: int, device: torch.device, dtype: torch.dtype = torch.float32, tokenizer: Any = None,
     ) -> None:  # fmt: skip
         self.configs, self.window, self.seed, self.device, self.dtype = (teacher, student), window, seed, device, dtype
-        self.tokenizer = self._tokenizer(examples, vocabulary)
+        self.tokenizer = self._tokenizer(examples, vocabulary) if tokenizer is None else tokenizer
 
     def _tokenizer(self, examples: Sequence[Example], vocabulary: int) -> Any:
         from ..networks.pretrained import load_tokenizer

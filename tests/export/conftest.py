@@ -1,7 +1,9 @@
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
+from fake_hub import FakeApi
 from tiny import tiny_pipeline
 from tiny_pixels import tiny_pixels
 from tiny_sdxl import tiny_sdxl
@@ -13,6 +15,14 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def api(monkeypatch: pytest.MonkeyPatch) -> type[FakeApi]:
+    """The hub's client in this test."""
+    fake = type("Fake", (FakeApi,), {"calls": [], "fails": {}})
+    monkeypatch.setattr(huggingface_hub, "HfApi", fake)
+    return fake
 
 
 @pytest.fixture(scope="session")

@@ -1,15 +1,13 @@
 """Uploading: what would stop it is said before training, only the export goes up, and nothing tells of this machine."""
 
 import dataclasses
-import inspect
 import json
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import huggingface_hub
 import pytest
 import yaml
+from fake_hub import FakeApi, uploaded
 from students import full_student_of, opened, student_of
 
 from stepdistill.errors import InputError
@@ -22,50 +20,6 @@ from stepdistill.families import TeacherConfig
 from stepdistill.methods.lcm import LCMConfig
 
 ON = ExportConfig(push_to_hub=True)
-
-
-class FakeApi:
-    """Records what it is asked; takes the arguments of the real one and no others."""
-
-    user: dict[str, Any] = {"name": "ada", "orgs": [{"name": "lab"}], "auth": {"accessToken": {"role": "write"}}}
-    fails: dict[str, Exception] = {}
-    calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
-
-    def _called(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        inspect.signature(getattr(real, name)).bind(self, *args, **kwargs)
-        if name in self.fails:
-            raise self.fails[name]
-        self.calls.append((name, args, kwargs))
-
-    def whoami(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        self._called("whoami", *args, **kwargs)
-        return self.user
-
-    def create_repo(self, *args: Any, **kwargs: Any) -> None:
-        self._called("create_repo", *args, **kwargs)
-
-    def create_commit(self, *args: Any, **kwargs: Any) -> Any:
-        self._called("create_commit", *args, **kwargs)
-        return SimpleNamespace(repo_url=f"https://huggingface.co/{args[0]}")
-
-
-real = huggingface_hub.HfApi
-
-
-@pytest.fixture
-def api(monkeypatch: pytest.MonkeyPatch) -> type[FakeApi]:
-    fake = type("Fake", (FakeApi,), {"calls": [], "fails": {}})
-    monkeypatch.setattr(huggingface_hub, "HfApi", fake)
-    return fake
-
-
-def uploaded(api: type[FakeApi]) -> dict[str, bytes]:
-    ((_, _, operations),) = [(name, args[0], args[1]) for name, args, _ in api.calls if name == "create_commit"]
-    contents = {}
-    for operation in operations:
-        with operation.as_file() as file:
-            contents[operation.path_in_repo] = file.read()
-    return contents
 
 
 def test_it_is_off_by_default_and_touches_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -245,3 +245,9 @@ def test_a_run_is_uploaded_where_asked_and_checked_first(run: Path, monkeypatch:
     monkeypatch.setattr(rerun, "load", lambda config, load=rerun.load: steps.append("load") or load(config))
     export_run(run, export={"push_to_hub": True})
     assert steps == [("check", True, run), "load", ("push", True)]
+
+
+def test_a_student_that_is_made_from_its_teacher_has_no_path(run: Path) -> None:
+    with pytest.raises(InputError, match=r"expected --teacher\.path alone .*got --student\.path; drop it"):
+        export_run(run, student={"path": "elsewhere"})
+    assert not (run / WEIGHTS).exists()

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stepdistill.kd import adapters, conformance
+from stepdistill.kd import adapters, cases, conformance
 from stepdistill.kd.adapters import Adapter, Case, OursChunked, OursDense
 from stepdistill.kd.conformance import CHECKS, Check, Outcome, examine
 
@@ -95,7 +95,7 @@ def last_rows(adapter: Any) -> Any:
     """The mask is not shifted."""
 
     def sequence_loss(student: Tensor, teacher: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-        return adapter.loss(conformance.logits_case(student, teacher, mask=mask))
+        return adapter.loss(cases.logits_case(student, teacher, mask=mask))
 
     return sequence_loss
 

@@ -2,7 +2,7 @@
 
 import collections
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +242,30 @@ def test_data_that_it_cannot_train_on(share: float, data: TokenRows, new: int, n
 def test_options_that_make_no_sense(change: Mapping[str, Any], named: str) -> None:
     with pytest.raises(InputError, match=named):
         GKDConfig(**change)
+
+
+@pytest.fixture
+def shared_out() -> Iterator[CausalLM]:
+    """A student whose head is shared out, among one process."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    pupil = CausalLM(llama(1, tie_word_embeddings=False)).student(FULL)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        head: Any = pupil.module.get_submodule("lm_head")
+        mesh = init_device_mesh("cpu", (1,))
+        head.weight = torch.nn.Parameter(distribute_tensor(head.weight.detach(), mesh, [Shard(0)]))
+        yield pupil
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_student_that_is_shared_out_does_not_write(shared_out: CausalLM) -> None:
+    one = GKD(GKDConfig(1.0, max_new_tokens=NEW), shared_out, teacher(), uneven(prompt=4), END)
+    with pytest.raises(InputError, match="whole weights .* shards of them; use --train.parallel ddp"):
+        one.training_step(batch_of(uneven(prompt=4), range(4)))
+    assert not shared_out.is_factored, "its losses take all logits at once"
 
 
 # -- through the trainer ---------------------------------------------------------------------------------------------------
