@@ -129,10 +129,10 @@ def gkd_step(path: Path) -> str:
     (deep, wide), (layers, width) = about["teacher"], about["student"]
     how = (
         f"GPT-2 layouts, teacher {deep} x {wide}, student {layers} x {width}; {about['batch']} rows a step of "
-        f"{about['prompt']} tokens and {about['new']} that count, the data's with lmbda 0, the student's with 1; JSD "
-        f"of beta {about['beta']}, {about['optimizer']}, {about['dtype']}, {about['threads']} CPU thread, torch {about['torch']}, transformers "
-        f"{about['transformers']}, TRL {about['trl']}. Whole steps of both training loops, in turns; with lmbda 0 both find "
-        f"the same losses to {_apart(path):.0e} in all of them."
+        f"{about['prompt']} tokens and {about['new']} that count, the data's with lmbda 0, the student's with 1; JSD of beta "
+        f"{about['beta']}, {about['optimizer']}, {about['dtype']}, {about['threads']} CPU thread, torch {about['torch']}, "
+        f"transformers {about['transformers']}, TRL {about['trl']}. Whole steps of both training loops, in turns; with lmbda 0 "
+        f"both find the same losses to {_apart(path):.0e} in all of them."
     )
     return "\n".join([*lines, "", how])
 
