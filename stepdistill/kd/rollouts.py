@@ -1,8 +1,8 @@
 """Text that a student writes itself, as a function of (seed, step, position): generation with noise of our own.
 
 `generate` draws with `torch.multinomial` from a global generator. Here it chooses greedily among scores that were made of the
-logits and Gumbel noise, and so writes a sample of softmax(logits) (the Gumbel-max trick); the noise belongs to the sample and the
-token alone.
+logits and Gumbel noise, and so writes a sample of softmax(logits) (the Gumbel-max trick); the noise belongs to the sample and
+the token alone.
 """
 
 from __future__ import annotations

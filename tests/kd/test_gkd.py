@@ -75,6 +75,21 @@ def test_each_token_has_noise_of_its_own_whatever_was_asked_before() -> None:
         assert float((found[a] == found[b]).float().mean()) < 0.2, (asked[a], asked[b])  # 0.1 by chance
 
 
+def test_a_token_takes_few_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """2 sqrt(V) of them, in one go for DRAWN tokens."""
+    asked, draw = [], StepRandom.uniform
+
+    def watched(self: StepRandom, stream: str, shape: Any = ()) -> Tensor:
+        asked.append((stream, tuple(shape)))
+        return draw(self, stream, shape)
+
+    monkeypatch.setattr(StepRandom, "uniform", watched)
+    one = GumbelMax(StepRandom(1, 0, range(2)), start=2)
+    for written in range(DRAWN + 1):
+        one(torch.zeros(2, 2 + written, dtype=torch.int64), torch.zeros(2, 900))
+    assert asked == [("tokens from 0", (DRAWN, 60)), (f"tokens from {DRAWN}", (DRAWN, 60))]
+
+
 def test_logits_that_differ_a_little_hardly_ever_give_another_token() -> None:
     """Of the tokens, about as many as the change is large; by the inverse of a cumulative sum it would be many times that."""
     count, entries = 4000, 1000
