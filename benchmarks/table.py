@@ -123,6 +123,26 @@ def kd_cost(path: Path) -> str:
     return "\n".join([*lines, "", how])
 
 
+def gkd_step(path: Path) -> str:
+    """What benchmarks/gkd_step.py measured, and how to read it."""
+    about, lines = _ratios(path)
+    (deep, wide), (layers, width) = about["teacher"], about["student"]
+    how = (
+        f"GPT-2 layouts, teacher {deep} x {wide}, student {layers} x {width}; {about['batch']} rows a step of "
+        f"{about['prompt']} tokens and {about['new']} that count, the data's with lmbda 0, the student's with 1; JSD of beta "
+        f"{about['beta']}, {about['optimizer']}, {about['dtype']}, {about['threads']} CPU thread, torch {about['torch']}, "
+        f"transformers {about['transformers']}, TRL {about['trl']}. Whole steps of both training loops, in turns; with lmbda 0 "
+        f"both find the same losses to {_apart(path):.0e} in all of them."
+    )
+    return "\n".join([*lines, "", how])
+
+
+def _apart(path: Path) -> float:
+    """The most that losses of one batch differed by."""
+    found = [row["found"] for row in json.loads(path.read_text(encoding="utf-8"))["rows"]]
+    return max(row["largest difference of losses"] for row in found if "largest difference of losses" in row)
+
+
 def curve(path: Path) -> str:
     """What benchmarks/steps_vs_quality.py measured, and how to read it."""
     data = json.loads(path.read_text(encoding="utf-8"))
@@ -157,6 +177,7 @@ BLOCKS = (
     Block("docs/demo.md", "adversarial, in pixels", RESULTS / "demo_add.json", results_table),
     Block("docs/guides/how_many_steps.md", "curve", RESULTS / "steps_vs_quality.json", curve),
     Block("docs/guides/distilling_language_models.md", "kd cost", RESULTS / "kd_cost.json", kd_cost),
+    Block("docs/guides/distilling_language_models.md", "gkd step", RESULTS / "gkd_step.json", gkd_step),
     Block("docs/guides/how_many_steps.md", "metric cost", RESULTS / "metric_cost.json", metric_cost),
 )
 

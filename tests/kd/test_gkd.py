@@ -2,6 +2,7 @@
 
 import collections
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from stepdistill.kd.gkd import GKD, GKDConfig
 from stepdistill.kd.language_model import token_loss
 from stepdistill.kd.networks import CausalLM
 from stepdistill.kd.reduction import Objective
-from stepdistill.kd.rollouts import GumbelMax, generate, gumbel
+from stepdistill.kd.rollouts import DRAWN, GumbelMax, generate, gumbel
 from stepdistill.randomness import StepRandom
 from stepdistill.training.trainer import Trainer
 
@@ -48,6 +49,56 @@ def test_gumbel_noise_makes_the_maximum_a_sample() -> None:
     later = processor(torch.zeros(4000, 4, dtype=torch.int64), logits).argmax(1)
     assert 0.3 < float((chosen == later).float().mean()) < 0.6, "each token has noise of its own"
     assert gumbel(torch.tensor([0.0, 0.5])).tolist() == [-float("inf"), pytest.approx(0.36651, abs=1e-4)]
+
+
+def test_blocks_of_the_vocabulary_that_do_not_come_out_even() -> None:
+    """7 entries are 3 blocks of 3: all probabilities, and what has none is never written."""
+    count, logits = 6000, torch.tensor([0.5, -math.inf, 1.5, -1.0, 2.0, 0.0, 1.0])
+    processor = GumbelMax(StepRandom(1, 0, range(count)), start=2)
+    for written in (0, 17):  # of two streams
+        scores = processor(torch.zeros(count, 2 + written, dtype=torch.int64), logits.expand(count, 7))
+        assert scores.isfinite().sum(1).eq(1).all(), "one token, and nothing for others to choose from"
+        found = torch.bincount(scores.argmax(1), minlength=7)
+        assert found[1] == 0
+        assert_close(found / count, logits.softmax(0), rtol=0, atol=0.025)
+
+
+def test_each_token_has_noise_of_its_own_whatever_was_asked_before() -> None:
+    count, logits = 400, torch.zeros(400, 10)
+    asked = [0, 1, DRAWN - 1, DRAWN, DRAWN + 1, 3 * DRAWN, 1]
+    one, rng = GumbelMax(StepRandom(1, 0, range(count)), start=2), StepRandom(1, 0, range(count))
+    found = [one(torch.zeros(count, 2 + n, dtype=torch.int64), logits).argmax(1) for n in asked]
+    for n, chosen in zip(asked, found, strict=True):  # also by one that was asked nothing else, after another prompt
+        fresh = GumbelMax(rng, start=5)(torch.zeros(count, 5 + n, dtype=torch.int64), logits).argmax(1)
+        assert_close(chosen, fresh, **EXACT)
+    for a, b in itertools.combinations(range(len(asked) - 1), 2):
+        assert float((found[a] == found[b]).float().mean()) < 0.2, (asked[a], asked[b])  # 0.1 by chance
+
+
+def test_a_token_takes_few_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """2 sqrt(V) of them, in one go for DRAWN tokens."""
+    asked, draw = [], StepRandom.uniform
+
+    def watched(self: StepRandom, stream: str, shape: Any = ()) -> Tensor:
+        asked.append((stream, tuple(shape)))
+        return draw(self, stream, shape)
+
+    monkeypatch.setattr(StepRandom, "uniform", watched)
+    one = GumbelMax(StepRandom(1, 0, range(2)), start=2)
+    for written in range(DRAWN + 1):
+        one(torch.zeros(2, 2 + written, dtype=torch.int64), torch.zeros(2, 900))
+    assert asked == [("tokens from 0", (DRAWN, 60)), (f"tokens from {DRAWN}", (DRAWN, 60))]
+
+
+def test_logits_that_differ_a_little_hardly_ever_give_another_token() -> None:
+    """Of the tokens, about as many as the change is large; by the inverse of a cumulative sum it would be many times that."""
+    count, entries = 4000, 1000
+    numbers = torch.Generator().manual_seed(0)
+    logits = torch.randn(count, entries, generator=numbers)
+    near = logits + 0.01 * torch.randn(count, entries, generator=numbers)
+    one = GumbelMax(StepRandom(1, 0, range(count)), start=2)
+    a, b = (one(torch.zeros(count, 2, dtype=torch.int64), z).argmax(1) for z in (logits, near))
+    assert 0 < float((a != b).float().mean()) < 0.02
 
 
 def test_two_tokens_are_drawn_from_the_student_jointly() -> None:
