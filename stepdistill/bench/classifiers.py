@@ -66,7 +66,11 @@ class ClassifierExam:
         for name in students if seconds else ():
             values[name]["times_faster"] = times_faster(seconds[teacher][first], seconds[name][first])
         return Found(
-            self._columns(), values, seconds, self._protocol(), ("accuracy_difference", "the teacher's accuracy plus")
+            self._columns(),
+            values,
+            seconds,
+            self._protocol(),
+            ("accuracy_difference", "accuracy {} beside the teacher's"),
         )
 
     def _classes_of(self, name: str) -> np.ndarray:

@@ -116,7 +116,7 @@ class LanguageExam:
             values[name]["forward_ms"] = scaled(median(timed["forward"]), 1000.0)
         for name in students if seconds else ():
             values[name]["times_faster"] = times_faster(seconds[teacher]["generation"], seconds[name]["generation"])
-        against = ("perplexity_ratio", "the teacher's perplexity times")
+        against = ("perplexity_ratio", "{} x the teacher's perplexity")
         return Found(self._columns(), values, seconds, self._protocol(), against)
 
     def _losses(self, name: str) -> np.ndarray:

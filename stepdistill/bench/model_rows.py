@@ -51,7 +51,7 @@ class Found:
         values: model -> key -> value.
         seconds: model -> what was timed -> seconds.
         protocol: how.
-        against: key of the quality held against the teacher's, and what it is in a sentence.
+        against: key of the quality held against the teacher's, and the words of a sentence around it, {} for the value.
     """
 
     columns: tuple[Quantity, ...]
@@ -103,7 +103,7 @@ class ModelResults:
         """What one has to know to read the table, a sentence a line."""
         facts = {"accelerator": "accelerator", "threads": "CPU threads", "torch": "torch"}
         machine = ", ".join(f"{label} {self.environment[key]}" for key, label in facts.items())
-        notes = [f"{q.label[:1].upper()}{q.label[1:]}: {q.note}." for q in self._shown() if q.note]
+        notes = [f"{q.label}: {q.note}." for q in self._shown() if q.note]
         return ["Brackets: 95 % intervals.", *notes, f"Measured in {self.protocol['dtype']} on: {machine}."]
 
     def headlines(self) -> list[str]:
@@ -114,7 +114,7 @@ class ModelResults:
         said = []
         for row in students:
             size = f"{row.parameters / teacher.parameters:.3g} x its parameters"
-            line = f"{row.name}: {words} {spelled(by_key[key], row.values[key])}, {size}"
+            line = f"{row.name}: {words.format(spelled(by_key[key], row.values[key]))}, {size}"
             if (fast := self.columns[-1]).key in row.values:
                 line += f", {spelled(fast, row.values[fast.key])} x as fast"
             said.append(f"{line}.")
