@@ -38,7 +38,7 @@ class ClassifierExam:
 
     def __init__(self, options: ModelOptions, paths: dict[str, str], device: torch.device) -> None:
         self.options, self.device = options, device
-        side = options.data.get("resolution") or own_side(options.teacher)
+        side = options.data.get("resolution") or own_side(paths[TEACHER])
         # images to train on are not looked at
         self.data = LabelledConfig(**{**options.data, **({} if side is None else {"resolution": side}), "images": 1})
         self.test: LabelledImages = open_labelled(self.data)[1]

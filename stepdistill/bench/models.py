@@ -34,10 +34,9 @@ def bench_models(options: ModelOptions) -> ModelResults:
     folder = Path(options.output_dir).expanduser()
     check_replaced(folder / RESULTS, options)
     device = (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None) or "cpu"
-    paths = {TEACHER: options.teacher}
-    taken = {TEACHER}
+    paths, taken = {TEACHER: _expanded(options.teacher)}, {TEACHER}
     for path in options.students:
-        paths[unique_name(path, taken)] = path
+        paths[unique_name(path, taken)] = _expanded(path)
     results = measured(options, paths, torch.device(device))
     texts = {
         "results.md": results.markdown(),
@@ -49,6 +48,10 @@ def bench_models(options: ModelOptions) -> ModelResults:
         write_whole(folder / name, text.encode("utf-8", "replace"))
     print(f"{results.markdown()}\nreport: {folder / 'report.html'}")
     return results
+
+
+def _expanded(path: str) -> str:
+    return str(Path(path).expanduser()) if path.startswith("~") else path
 
 
 def measured(options: ModelOptions, paths: dict[str, str], device: torch.device) -> ModelResults:
