@@ -10,6 +10,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 
+from stepdistill import cli
 from stepdistill.bench.kinds import CLASSIFIER, LANGUAGE, PIPELINE, kind_of, kind_of_all
 from stepdistill.bench.model_options import ModelOptions, add_model_arguments, check_flags
 from stepdistill.bench.options import add_arguments
@@ -165,3 +166,9 @@ def test_flags_of_their_own(tmp_path: Path) -> None:
 def test_wrong_flags(words: list[str], message: str) -> None:
     with pytest.raises(InputError, match=message):
         ModelOptions.read(flags("--teacher", "a", *words), LANGUAGE)
+
+
+def test_the_command_refuses_them(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["bench", "--teacher", "demo", "--data.path", "x"])
+    assert stop.value.code == 2 and "got --data.path; give --data instead" in " ".join(capsys.readouterr().err.split())
