@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .bench.kinds import PIPELINE, kind_of_all
+from .bench.model_options import ModelOptions, add_model_arguments, check_flags
 from .bench.options import BenchOptions, add_arguments, reference_flags
 from .config import fail
 from .errors import ExportError, InputError
@@ -74,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench.set_defaults(command=bench_command)
     add_arguments(bench)
+    add_model_arguments(bench)
     doctor = commands.add_parser(
         "doctor",
         help="what this machine can do, and what would stop a training on it",
@@ -113,6 +116,9 @@ def bench_command(options: dict[str, Any]) -> None:
 
     Writes results.json, results.csv, results.md and report.html. A stopped sweep goes on where it was. Several processes share
     the work: accelerate launch -m stepdistill.cli bench ... (or torchrun).
+
+    Where the teacher is a language model or an image classifier of Transformers, its students are compared with it by
+    perplexity or accuracy, size and speed, on what was held out from --data.path.
     """
     if options["compare"]:
         _compare(options["compare"], options["fail_if"])
@@ -126,6 +132,14 @@ def bench_command(options: dict[str, Any]) -> None:
         found = make_reference(**given)
         print(f"{found.count} images, {len(found.held)} held out: {given['path']}")
         return
+    kind = kind_of_all(options["teacher"], options["student"], network=options["prompts"] is None)
+    if kind != PIPELINE:
+        models = ModelOptions.read(options, kind)
+        from .bench.models import bench_models
+
+        bench_models(models)
+        return
+    check_flags(options, kind)
     sweep = BenchOptions.read(options)
     from .bench.command import bench
 

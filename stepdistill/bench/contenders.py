@@ -141,7 +141,7 @@ def open_contenders(
     names, known = {TEACHER}, dict[int, str]()
     found = [Contender(TEACHER, first, weights_of(first, known))]
     for path in students:
-        name, rungs = _unique(path, names), rung_folders(Path(path).expanduser())
+        name, rungs = unique_name(path, names), rung_folders(Path(path).expanduser())
         for place in [str(rung) for rung in rungs] or [path]:
             pipe, facts = open_student(place, first, config, DTYPES[dtype])
             found.append(Contender(name, pipe, weights_of(pipe, known), facts, rung=bool(rungs)))
@@ -162,7 +162,7 @@ def weights_of(pipe: Any, known: dict[int, str]) -> str:
     return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:16]
 
 
-def _unique(path: str, names: set[str]) -> str:
+def unique_name(path: str, names: set[str]) -> str:
     """The last part of a path, numbered where it is taken, as a name that is also one of a file, on any disk."""
     folder = Path(path).expanduser().resolve()
     of = f"{folder.parents[1].name}-" if folder.parent.name == RUNGS else ""  # a single rung: its name is a number

@@ -17,11 +17,12 @@ from .writing import check_folder
 INDEX, ADAPTER = "model_index.json", "pytorch_lora_weights.safetensors"
 GUIDANCE = {"demo": "1.5"}  # of the teacher, where it isn't said; as pipelines have it for others
 USUAL = "7.5"
+REPEATS = 5
 IMAGES = 1200  # of the demo, whose prompts have no end
 
 GROUPS: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
     "what is compared": (
-        ("--teacher", {"metavar": "PATH", "help": "a Diffusers folder, hub id, .safetensors file, or demo"}),
+        ("--teacher", {"metavar": "PATH", "help": "a Diffusers or Transformers folder, hub id, .safetensors, or demo"}),
         ("--student", {"metavar": "PATH", "action": "append", "default": [],
                        "help": "an --output_dir of a training, or a Diffusers pipeline of few steps; repeatable"}),
         ("--steps", {"metavar": "LIST", "help": "of students and teacher (default: those that the students are for)"}),
@@ -46,8 +47,8 @@ GROUPS: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
         ("--batch_size", {"metavar": "B", "type": int, "default": 16, "help": "images a call while they are made (16)"}),
     ),
     "how speed is measured": (
-        ("--batch_sizes", {"metavar": "LIST", "default": "1", "help": "images a call; those that fit are timed (1)"}),
-        ("--repeats", {"metavar": "N", "type": int, "default": 5, "help": "timed calls of each (5)"}),
+        ("--batch_sizes", {"metavar": "LIST", "help": "images a call; those that fit are timed (1; classifiers: 1,32)"}),
+        ("--repeats", {"metavar": "N", "type": int, "help": "timed calls of each (5; language models, classifiers: 10)"}),
         ("--skip_latency", {"action": "store_true", "help": "quality only"}),
     ),
     "what is written": (
@@ -107,31 +108,31 @@ class BenchOptions:
     @classmethod
     def read(cls, flags: Mapping[str, Any]) -> BenchOptions:
         """From the flags as argparse has them. Raises InputError, which names the flag."""
-        teacher = _needed(flags, "teacher", "a Diffusers folder, a hub id, a .safetensors file, or demo")
+        teacher = needed(flags, "teacher", "a folder, a hub id, a .safetensors file, or demo")
         own = {"prompts": "demo", "data": "demo"} if teacher == "demo" else {}
         given = {**own, **{name: value for name, value in flags.items() if value is not None}}
-        prompts = _needed(given, "prompts", "a file of prompts, or demo")
+        prompts = needed(given, "prompts", "a file of prompts, or demo")
         found = cls(
             teacher=teacher,
             students=tuple(flags["student"]),
-            steps=_ints(flags, "steps") if flags["steps"] is not None else (),
+            steps=ints(flags, "steps") if flags["steps"] is not None else (),
             guidance=_scales(flags, "guidance") if flags["guidance"] is not None else (),
-            teacher_steps=_least(flags, "teacher_steps", 1),
+            teacher_steps=least(flags, "teacher_steps", 1),
             teacher_guidance=_scales({"teacher_guidance": GUIDANCE.get(teacher, USUAL), **given}, "teacher_guidance"),
             variant=flags["variant"],
             dtype=flags["dtype"],
             resolution=_side(flags["resolution"]),
             prompts=prompts,
             num_images=_images(flags["num_images"]) or (IMAGES if prompts == "demo" else None),
-            data=_needed(given, "data", "real images, or demo"),
+            data=needed(given, "data", "real images, or demo"),
             features=flags["features"],
             metrics=_metrics(flags["metrics"]),
             clip=flags["clip"],
             diversity=_diversity(flags),
             seed=flags["seed"],
-            batch_size=_least(flags, "batch_size", 1),
-            batch_sizes=_ints(flags, "batch_sizes"),
-            repeats=_least(flags, "repeats", 1),
+            batch_size=least(flags, "batch_size", 1),
+            batch_sizes=ints({"batch_sizes": "1", **given}, "batch_sizes"),
+            repeats=least({"repeats": REPEATS, **given}, "repeats", 1),
             skip_latency=flags["skip_latency"],
             output_dir=flags["output_dir"],
             overwrite=flags["overwrite"],
@@ -155,7 +156,7 @@ class BenchOptions:
 
 def reference_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
     """What `make_reference` takes, from the flags; InputError for wrong ones."""
-    data = _needed(flags, "data", "real images, or demo")
+    data = needed(flags, "data", "real images, or demo")
     check_data(data)
     path = str(flags["make_reference"])
     if Path(path).suffix != ".safetensors":
@@ -211,7 +212,7 @@ def check_apart(teacher: str, students: Sequence[str]) -> None:
         place = _place(path)
         if place == bare:
             raise InputError(
-                f"expected a student, got the teacher at --student {path}; drop it, the teacher is measured at the same --steps"
+                f"expected a student, got the teacher at --student {path}; drop it, the teacher is measured beside its students"
             )
         if place in seen:
             raise InputError(f"expected each student once, got --student {seen[place]} and --student {path}; drop one")
@@ -232,14 +233,16 @@ def check_data(path: str) -> None:
         raise InputError(f"expected real images, got nothing at --data {path}; fix the path")
 
 
-def _needed(flags: Mapping[str, Any], name: str, what: str) -> str:
+def needed(flags: Mapping[str, Any], name: str, what: str) -> str:
+    """A flag's text; InputError where it wasn't given."""
     value = flags.get(name)
     if not value:
         raise InputError(f"expected --{name}: {what}, got none; give it")
     return str(value)
 
 
-def _ints(flags: Mapping[str, Any], name: str) -> tuple[int, ...]:
+def ints(flags: Mapping[str, Any], name: str) -> tuple[int, ...]:
+    """The whole numbers of a list, 1 or more, each once; InputError for others."""
     try:
         numbers = CommaList.parse(flags[name]).ints()
     except InputError as error:
@@ -259,9 +262,10 @@ def _scales(flags: Mapping[str, Any], name: str) -> tuple[float, ...]:
     return tuple(dict.fromkeys(float(f"{number:g}") for number in numbers))  # as they are in the names of cells
 
 
-def _least(flags: Mapping[str, Any], name: str, least: int) -> int:
-    if flags[name] < least:
-        raise InputError(f"expected {least} or more, got --{name} {flags[name]}; raise it")
+def least(flags: Mapping[str, Any], name: str, bound: int) -> int:
+    """A number; InputError where it is below `bound`."""
+    if flags[name] < bound:
+        raise InputError(f"expected {bound} or more, got --{name} {flags[name]}; raise it")
     return int(flags[name])
 
 

@@ -68,6 +68,17 @@ def write_report(
     temporary.replace(path)
 
 
+def templates() -> Environment:
+    """The folder of pages."""
+    return Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
 def page(
     results: Results,
     grid: Mapping[Cell, Images] | None,
@@ -75,40 +86,37 @@ def page(
     fits: Mapping[str, Line] | None = None,
 ) -> str:
     """The page's text; arguments and errors as `write_report`. The same arguments give the same text."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     fits = fits or {}
     n = most(results)
-    return environment.get_template(TEMPLATE).render(
-        title=_title(results),
-        n=n,
-        teacher=results.teacher,
-        students=_students(results),
-        answers=[_answer(answer, results) for answer in answers(results)],
-        floor=floor_sentence(results, n),
-        plots={
-            "latency": Markup(quality_latency(results)),
-            "steps": Markup(quality_steps(results)),
-            "breakdown": Markup(breakdown(results)),
-            "fit": Markup(fit_plot(results, fits)),
-        },
-        others=[(quantity(key), Markup(svg)) for key in OTHERS if (svg := quality_steps(results, key))],
-        table=_table(results),
-        legend=legend(results),
-        heads=list(grid or {}),
-        tiles=_tiles(grid or {}, prompts),
-        speeds=[_speed(results, speed) for speed in results.speed],
-        batches=sorted({speed.batch_size for speed in results.speed}),
-        fits={model: fit_words(fit) for model, fit in fits.items()},
-        protocol=list(_facts(results.protocol)),
-        environment=list(_facts(results.environment)),
-        fingerprint=results.fingerprint,
-        notes=results.notes,
+    return (
+        templates()
+        .get_template(TEMPLATE)
+        .render(
+            title=_title(results),
+            n=n,
+            teacher=results.teacher,
+            students=_students(results),
+            answers=[_answer(answer, results) for answer in answers(results)],
+            floor=floor_sentence(results, n),
+            plots={
+                "latency": Markup(quality_latency(results)),
+                "steps": Markup(quality_steps(results)),
+                "breakdown": Markup(breakdown(results)),
+                "fit": Markup(fit_plot(results, fits)),
+            },
+            others=[(quantity(key), Markup(svg)) for key in OTHERS if (svg := quality_steps(results, key))],
+            table=_table(results),
+            legend=legend(results),
+            heads=list(grid or {}),
+            tiles=_tiles(grid or {}, prompts),
+            speeds=[_speed(results, speed) for speed in results.speed],
+            batches=sorted({speed.batch_size for speed in results.speed}),
+            fits={model: fit_words(fit) for model, fit in fits.items()},
+            protocol=list(facts(results.protocol)),
+            environment=list(facts(results.environment)),
+            fingerprint=results.fingerprint,
+            notes=results.notes,
+        )
     )
 
 
@@ -192,7 +200,7 @@ def _speed(results: Results, speed: Speed) -> dict[str, Any]:
     }
 
 
-def _facts(data: Mapping[str, Any], above: str = "") -> Iterable[tuple[str, str]]:
+def facts(data: Mapping[str, Any], above: str = "") -> Iterable[tuple[str, str]]:
     """Nested mappings as lines: a path of keys and the value."""
     for key, value in data.items():
         name = f"{above} \N{SINGLE RIGHT-POINTING ANGLE QUOTATION MARK} {key}" if above else str(key)
@@ -200,6 +208,6 @@ def _facts(data: Mapping[str, Any], above: str = "") -> Iterable[tuple[str, str]
             span = value["interval"]
             yield name, f"{value['value']:.4g}" + ("" if span is None else f" [{span[0]:.4g}, {span[1]:.4g}]")
         elif isinstance(value, Mapping):
-            yield from _facts(value, name)
+            yield from facts(value, name)
         else:
             yield name, ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

@@ -197,7 +197,7 @@ class Results:
         """Results back from a file; InputError if it is missing, no results file, or of another schema."""
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
-            found = data.pop("schema")
+            kind, found = data.pop("kind", None), data.pop("schema")
             data.pop("fingerprint", None)
         except FileNotFoundError as error:
             raise InputError(
@@ -209,6 +209,10 @@ class Results:
             ) from error
         except (UnicodeDecodeError, json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
             raise InputError(f"expected a results file with a schema number, got {path}; write it again") from error
+        if kind is not None:
+            raise InputError(
+                f"expected results of a sweep of diffusion pipelines, got those of {kind}s in {path}; read its results.md"
+            )
         if found != SCHEMA:
             raise InputError(f"expected results of schema {SCHEMA}, got {found} in {path}; write them again")
         try:

@@ -115,6 +115,14 @@ def open_texts(config: TextConfig) -> Texts:
     return Texts(train, held_out)
 
 
+def all_texts(config: TextConfig) -> list[Example]:
+    """All that `config.path` names, to measure on what was held out elsewhere. Raises InputError where there is nothing."""
+    found = [example for _, example in _read(config)]
+    if not found:
+        raise InputError(f"expected documents in {config.path!r}, got none; {POSSIBLE}")
+    return found
+
+
 def _read(config: TextConfig) -> list[tuple[str, Example]]:
     """(group, example) of all that is there, in an order that never changes."""
     place = Path(config.path).expanduser()

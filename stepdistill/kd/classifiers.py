@@ -75,12 +75,13 @@ def open_classifier(
         from ..networks.pretrained import load_model
 
         model = load_model("AutoModelForImageClassification", config.path, flag, config.revision)
-        mean, std = _normalisation(config, flag)
-        _check_classes(model, classes, flag)
+        mean, std = normalisation(config, flag)
+        check_classes(model, classes, flag)
     return Classifier(model.to(device), mean, std).student(StudentConfig(kind="full"))
 
 
-def _check_classes(model: Any, classes: Sequence[str], flag: str) -> None:
+def check_classes(model: Any, classes: Sequence[str], flag: str) -> None:
+    """InputError for a model of other classes than these; one whose classes have numbers alone is taken at its word."""
     found = [str(model.config.id2label[i]) for i in sorted(model.config.id2label)]
     numbered = found == [f"LABEL_{i}" for i in range(len(found))]
     if len(found) != len(classes) or not (numbered or found == list(classes)):
@@ -90,7 +91,7 @@ def _check_classes(model: Any, classes: Sequence[str], flag: str) -> None:
         )
 
 
-def _normalisation(config: ClassifierConfig, flag: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def normalisation(config: ClassifierConfig, flag: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of pixels in [0, 1], as the checkpoint's image processor has them."""
     from transformers import AutoImageProcessor
 
