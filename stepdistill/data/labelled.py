@@ -20,7 +20,11 @@ FORM = (
     'give --data.path "demo", a folder with a folder of images for each class (or train/ and test/ with those in them), or a '
     "data set of `datasets` with columns of images and class labels, such as cifar10"
 )
-CENTRE, NEARER, STRAY = 32.0, 1.75, 0.4  # in a 64x64 image: objects of radius 17 to 23, 9 pixels from the middle at most
+CENTRE, NEARER, STRAY = (
+    32.0,
+    1.75,
+    0.4,
+)  # in a 64x64 image: objects of radius 17 to 23, 9 pixels from the middle at most
 CLASSES = tuple(f"{colour} {shape}" for shape in SHAPES for colour in COLOUR_NAMES)  # of the demo
 
 
