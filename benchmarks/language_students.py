@@ -17,6 +17,7 @@ import math
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -43,7 +44,7 @@ class Benchmark:
         variants: `name:flags`, separated by semicolons; flags of --method alone, since the control has no others.
         settings: more of the recipe's flags, for all: teacher, control and students.
         seeds: of the students.
-        teacher: a checkpoint to learn from; by default a demo, trained by the demo's options into RUNS/teacher/model.
+        teacher: a checkpoint to learn from, as it is; by default a demo, trained by the demo's options into RUNS/teacher/model.
         runs: folder of the run folders; out/RECIPE_seeds by default.
         output: the results file; benchmarks/results/RECIPE.json by default.
     """
@@ -100,15 +101,14 @@ class Benchmark:
 
 def command(options: Benchmark, folder: Path, seed: int, flags: list[str]) -> list[str]:
     """What trains and measures one student, without a control."""
-    given = {
-        "control": "false",
-        "teacher.path": options.checkpoint,
-        "output_dir": folder,
-        "train.seed": seed,
-        "train.resume_from_checkpoint": "latest",
-    }
-    script = [sys.executable, str(options.script), "--config", str(options.demo)]
-    return [*script, *shlex.split(options.settings), *flags, *(f"--{name}={value}" for name, value in given.items())]
+    teacher = [f"--teacher.path={options.checkpoint}", "--teacher.fit_steps=0"]  # it is ready, whatever a demo asks for
+    return [sys.executable, str(options.script), *words(options, folder, seed, flags), *teacher, "--control=false"]
+
+
+def words(options: Benchmark, folder: Path, seed: int, flags: Sequence[str] = ()) -> list[str]:
+    """The demo's options, the settings for all, `flags`, and what is a run's own."""
+    own = [f"--output_dir={folder}", f"--train.seed={seed}", "--train.resume_from_checkpoint=latest"]
+    return ["--config", str(options.demo), *shlex.split(options.settings), *flags, *own]
 
 
 def recipe_of(options: Benchmark) -> ModuleType:
@@ -129,12 +129,13 @@ def plan(options: Benchmark) -> dict[str, dict[int, Parsed[Any]]]:
     from stepdistill.training.config import flat_yaml
 
     kind, found = recipe_of(options).Recipe, dict[str, dict[int, Parsed[Any]]]()
-    found["teacher"] = {0: parse(kind, command(options, options.folder / "teacher", 0, [])[2:])}
+    found["teacher"] = {0: parse(kind, words(options, options.folder / "teacher", 0))}
     for name, flags in {CONTROL: list[str](), **options.flags()}.items():
         found[name] = {}
         for seed in options.seeds.ints():
-            words = command(options, options.folder / name / str(seed), seed, flags)
-            found[name][seed] = parsed = parse(kind, words[2:])
+            found[name][seed] = parsed = parse(
+                kind, command(options, options.folder / name / str(seed), seed, flags)[2:]
+            )
             now, plain = (flat_yaml(p.yaml) for p in (parsed, found[CONTROL][seed]))
             odd = [
                 key for key in now if now[key] != plain.get(key) and not key.startswith("method.") and key not in FREE

@@ -159,8 +159,8 @@ def language_students(path: Path) -> str:
     how = (
         f"`recipes/{about['recipe']}.py`, seeds {', '.join(map(str, about['seeds']))}: means and standard deviations. Control: "
         f"the student without a teacher, on the same batches from the same first weights, {first}{about['steps']} steps of "
-        f"{about['batch']} blocks at {about['learning_rate']:g}, {about['tokens_seen']:,} tokens at most. Each difference "
-        "is taken within a seed, with Student's interval; beyond the noise: it does not hold 0. Perplexity of "
+        f"{about['batch']} blocks at a rate of {about['learning_rate']:g}, {about['tokens_seen']:,} tokens at most. "
+        "A difference is taken within each seed, with Student's interval; beyond the noise: it does not hold 0. Perplexity of "
         f"{measured['tokens']:,} held-out tokens, {window}; KL from the teacher in nats a token (torch "
         f"{data['environment']['torch']}, accelerator {data['environment']['accelerator']})."
     )

@@ -159,7 +159,7 @@ def test_a_students_command_is_one_that_the_recipe_takes(
     demo = parse(load_recipe(recipe).Recipe, ["--config", str(ROOT / "recipes" / "configs" / f"{recipe}_demo.yaml")])
     assert found.train.seed == 7 and found.train.resume_from_checkpoint == "latest" and not found.control
     assert found.output_dir == str(tmp_path / "a") and found.teacher.path == str(tmp_path / "teacher" / "model")
-    assert found.method.divergence.kind == "reverse_kl"
+    assert found.method.divergence.kind == "reverse_kl" and found.teacher.fit_steps == 0
     if settings != TINY:
         assert found.train.learning_rate == demo.recipe.train.learning_rate, "the demo's options hold"
         assert found.train.max_train_steps == demo.recipe.train.max_train_steps
@@ -191,7 +191,7 @@ def test_bad_input_names_the_fix_and_trains_nothing(
 # -- whole runs ------------------------------------------------------------------------------------------------------------
 
 
-def perplexities(students: ModuleType, place: Path) -> dict[str, Any]:
+def results(place: Path) -> dict[str, Any]:
     return json.loads((place / "out.json").read_text())
 
 
@@ -203,7 +203,7 @@ def test_two_variants_of_two_seeds_and_one_control_each(
         ("forward", "3"), ("reverse", "3"), ("forward", "4"), ("reverse", "4"),
     ]  # fmt: skip
     assert {p.name for p in (tmp_path / "runs").iterdir()} == {"teacher", "control", "forward", "reverse"}
-    found = perplexities(students, tmp_path)
+    found = results(tmp_path)
     assert found["protocol"]["seeds"] == [3, 4] and found["protocol"]["tokens_seen"] == 3 * 4 * 24
     assert found["protocol"]["variants"]["reverse"] == ["--method.divergence.kind=reverse_kl"]
     assert found["parameters"]["teacher"] > found["parameters"]["student"] > 0 and found["environment"]["torch"]
@@ -241,9 +241,11 @@ def options_of(text: Path, place: Path) -> dict[str, Any]:
 def test_the_control_of_gkd_is_the_recipes_own(
     students: ModuleType, text: Path, tmp_path: Path, here: list[list[str]]
 ) -> None:
-    one = {"recipe": "gkd", "seeds": "3", "variants": "gkd:", "settings": GKD}
+    one = {"recipe": "gkd", "seeds": "3", "variants": "gkd:", "settings": f"{GKD} --teacher.fit_steps 5"}
     students.main(parse(students.Benchmark, flags(text, tmp_path, **one)))
-    found = perplexities(students, tmp_path)
+    found = results(tmp_path)
+    steps = (tmp_path / "runs" / "teacher" / "metrics.jsonl").read_text().splitlines()
+    assert len(steps) == 5, "its own number, once: students take it as it is"
     assert found["protocol"]["sft_steps"] == 2 and found["protocol"]["tokens_seen"] == 5 * 4 * 24
     assert found["variants"]["gkd"]["perplexity"]["minus_control"]["exceeds_seed_noise"] is None
     options = students.Benchmark(recipe="gkd", settings=f"{TINY} --data.path {text}{GKD}", runs=str(tmp_path / "runs"))
