@@ -196,6 +196,7 @@ def results(place: Path) -> dict[str, Any]:
     return json.loads((place / "out.json").read_text())
 
 
+@pytest.mark.slow
 def test_two_variants_of_two_seeds_and_one_control_each(
     students: ModuleType, text: Path, tmp_path: Path, here: list[list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
