@@ -20,7 +20,6 @@ from stepdistill.kd.networks import CausalLM, TransformersNetwork
 from stepdistill.kd.rollouts import generate
 from stepdistill.randomness import StepRandom
 
-SETTINGS = [(size, stride, length) for size in (2, 3, 5, 8) for stride in range(1, size) for length in range(2, 20)]
 TEXT = "a b a c b b a a c a b"
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -265,7 +264,10 @@ def test_an_examination_says_what_it_counts() -> None:
     exam = Examination.of(texts, words(), 6, EvalConfig(samples=1))
     assert exam.stride == 3 and exam.tokens == len(stream(texts, words())) - 1
     assert exam.prompts == ["a b a c b b a a"]
-    assert Examination.of(texts, words(), 6, EvalConfig(stride=5, max_tokens=9)).tokens == 8
+    exam = Examination.of(texts, words(), 6, EvalConfig(stride=5, max_tokens=9))
+    assert exam.tokens == 8 and exam.stride == 5
+    whole = Examination(learned((0, 1, 1), (1, 0)), words(), EvalConfig(), [], None)
+    assert whole.tokens == 3, "the first of a row has nothing before it, whatever its mask says"
     pairs = [Example(prompt="a", completion="b c"), Example(prompt="b", completion="d")]
     exam = Examination.of(pairs, words(), 6, EvalConfig(max_tokens=4))
     assert exam.rows is not None and len(exam.rows) == 1 and exam.tokens == 3 and exam.stride is None
