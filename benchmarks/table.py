@@ -217,6 +217,7 @@ BLOCKS = (
     Block("docs/demo.md", "adversarial, in pixels", RESULTS / "demo_add.json", results_table),
     Block("docs/guides/how_many_steps.md", "curve", RESULTS / "steps_vs_quality.json", curve),
     Block("docs/guides/distilling_language_models.md", "kd cost", RESULTS / "kd_cost.json", kd_cost),
+    Block("docs/guides/distilling_language_models.md", "language students", RESULTS / "lm_kd.json", language_students),
     Block("docs/guides/how_many_steps.md", "metric cost", RESULTS / "metric_cost.json", metric_cost),
 )
 
