@@ -1,4 +1,4 @@
-"""Students of an image classifier at several temperatures and seeds, beside their control group: benchmarks/results/hinton.json.
+"""Students of an image classifier at several temperatures and seeds, beside their control: benchmarks/results/hinton.json.
 
 Runs recipes/hinton.py with its demo's options, or takes the run that is finished; a stopped one goes on:
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from student_tables import image_students, language_students
+
 from stepdistill.bench.rows import Results
 from stepdistill.bench.table import aligned, markdown
 
@@ -143,66 +145,6 @@ def _apart(path: Path) -> float:
     return max(row["largest difference of losses"] for row in found if "largest difference of losses" in row)
 
 
-def language_students(path: Path) -> str:
-    """What benchmarks/language_students.py measured, and how to read it."""
-    data = json.loads(path.read_text(encoding="utf-8"))
-    about, plain, sizes = data["protocol"], data["control"], data["parameters"]
-    head = [
-        "model",
-        "parameters",
-        "perplexity",
-        "minus control",
-        "95 % interval",
-        "beyond the seeds' noise",
-        "gap closed",
-    ]
-    student = f"{sizes['student']:,}"
-    cells = [
-        ["teacher", f"{sizes['teacher']:,}", f"{data['teacher']['perplexity']:.2f}", *[""] * 4],
-        ["control", student, _mean(plain["perplexity"], ".2f"), *[""] * 4],
-    ]
-    for name, row in data["variants"].items():
-        found = [_mean(row["perplexity"], ".2f"), *_difference(row["perplexity"]["minus_control"], "+.2f")]
-        cells.append([name.replace("_", " "), student, *found, _mean(row["gap_closed"], ".1%")])
-    if "own_text_reverse_kl" in plain:  # on a student's own text
-        head += ["KL on own text", "minus control", "95 % interval", "beyond the seeds' noise"]
-        owns = [plain["own_text_reverse_kl"], *(row["own_text_reverse_kl"] for row in data["variants"].values())]
-        cells[0] += [""] * 4
-        for line, own in zip(cells[1:], owns, strict=True):
-            told = _difference(own["minus_control"], "+.3f") if "minus_control" in own else [""] * 3
-            line += [_mean(own, ".3f"), *told]
-    measured = data["measured"]
-    window = (
-        "of the answers" if measured["stride"] is None else f"window {measured['window']}, stride {measured['stride']}"
-    )
-    first = f"{about['sft_steps']} steps of fine-tuning and " if about["sft_steps"] else ""
-    how = (
-        f"`recipes/{about['recipe']}.py`, seeds {', '.join(map(str, about['seeds']))}: means and standard deviations. Control: "
-        f"the student without a teacher, on the same batches from the same first weights, {first}{about['steps']} steps of "
-        f"{about['batch']} blocks at a rate of {about['learning_rate']:g}, {about['tokens_seen']:,} tokens at most. "
-        "A difference is taken within each seed, with Student's interval; beyond the noise: it does not hold 0. Perplexity of "
-        f"{measured['tokens']:,} held-out tokens, {window}; KL from the teacher in nats a token (torch "
-        f"{data['environment']['torch']}, accelerator {data['environment']['accelerator']})."
-    )
-    return "\n".join([*aligned(head, cells), "", how])
-
-
-def _mean(found: dict[str, Any], spec: str) -> str:
-    """With its standard deviation, where there is one."""
-    if found["mean"] is None:
-        return "none"
-    return f"{found['mean']:{spec}}" + ("" if found["std"] is None else f" ± {found['std']:{spec}}")
-
-
-def _difference(found: dict[str, Any], spec: str) -> list[str]:
-    """The mean difference, its interval, and whether that leaves 0 out."""
-    if found["interval"] is None:
-        return [f"{found['mean']:{spec}}", "", "one seed"]
-    low, high = found["interval"]
-    told = "yes" if found["exceeds_seed_noise"] else "no"
-    return [f"{found['mean']:{spec}}", f"[{low:{spec}}, {high:{spec}}]", told]
-
-
 def curve(path: Path) -> str:
     """What benchmarks/steps_vs_quality.py measured, and how to read it."""
     data = json.loads(path.read_text(encoding="utf-8"))
@@ -238,6 +180,9 @@ BLOCKS = (
     Block("docs/guides/how_many_steps.md", "curve", RESULTS / "steps_vs_quality.json", curve),
     Block("docs/guides/distilling_language_models.md", "kd cost", RESULTS / "kd_cost.json", kd_cost),
     Block("docs/guides/distilling_language_models.md", "gkd step", RESULTS / "gkd_step.json", gkd_step),
+    Block("docs/guides/distilling_language_models.md", "language students", RESULTS / "lm_kd.json", language_students),
+    Block("docs/guides/distilling_language_models.md", "own text", RESULTS / "gkd.json", language_students),
+    Block("docs/guides/distilling_language_models.md", "image students", RESULTS / "hinton.json", image_students),
     Block("docs/guides/how_many_steps.md", "metric cost", RESULTS / "metric_cost.json", metric_cost),
 )
 

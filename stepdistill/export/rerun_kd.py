@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -209,7 +209,7 @@ def _tokenizer_in(run: Path) -> Any:
 
 
 def _classifier(run: Path, sections: dict[str, Any], changes: Changes, found: Checkpoint) -> Rebuilt:
-    role = TEACHER if found.state["fit"] == TEACHER else "student"
+    role: Literal["teacher", "student"] = "teacher" if found.state["fit"] == TEACHER else "student"
     config = section(ClassifierConfig, sections, role, changes[role])
     data = section(LabelledConfig, sections, "data")
     classes, side = class_names(data), data.resolution

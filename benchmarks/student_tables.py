@@ -1,0 +1,91 @@
+"""Tables of students beside their control group, over several seeds: what language_students.py and image_students.py wrote."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from stepdistill.bench.table import aligned
+
+AGAINST = ("minus control", "95 % interval", "beyond the seeds' noise")
+
+
+def language_students(path: Path) -> str:
+    """What benchmarks/language_students.py measured, and how to read it."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    about, plain, sizes = data["protocol"], data["control"], data["parameters"]
+    head = ["model", "parameters", "perplexity", *AGAINST, "gap closed"]
+    student = f"{sizes['student']:,}"
+    cells = [
+        ["teacher", f"{sizes['teacher']:,}", f"{data['teacher']['perplexity']:.2f}", *[""] * 4],
+        ["control", student, _mean(plain["perplexity"], ".2f"), *[""] * 4],
+    ]
+    for name, row in data["variants"].items():
+        found = [_mean(row["perplexity"], ".2f"), *_difference(row["perplexity"]["minus_control"], "+.2f")]
+        cells.append([name.replace("_", " "), student, *found, _mean(row["gap_closed"], ".1%")])
+    if "own_text_reverse_kl" in plain:  # on a student's own text
+        head += ["KL on own text", *AGAINST]
+        owns = [plain["own_text_reverse_kl"], *(row["own_text_reverse_kl"] for row in data["variants"].values())]
+        cells[0] += [""] * 4
+        for line, own in zip(cells[1:], owns, strict=True):
+            told = _difference(own["minus_control"], "+.3f") if "minus_control" in own else [""] * 3
+            line += [_mean(own, ".3f"), *told]
+    measured = data["measured"]
+    window = (
+        "of the answers" if measured["stride"] is None else f"window {measured['window']}, stride {measured['stride']}"
+    )
+    first = f"{about['sft_steps']} steps of fine-tuning and " if about["sft_steps"] else ""
+    how = (
+        f"`recipes/{about['recipe']}.py`, seeds {', '.join(map(str, about['seeds']))}: means and standard deviations. Control: "
+        f"the student without a teacher, on the same batches from the same first weights, {first}{about['steps']} steps of "
+        f"{about['batch']} blocks at a rate of {about['learning_rate']:g}, {about['tokens_seen']:,} tokens at most. "
+        "A difference is taken within each seed, with Student's interval; beyond the noise: it does not hold 0. Perplexity of "
+        f"{measured['tokens']:,} held-out tokens, {window}; KL from the teacher in nats a token (torch "
+        f"{data['environment']['torch']}, accelerator {data['environment']['accelerator']})."
+    )
+    return "\n".join([*aligned(head, cells), "", how])
+
+
+def _mean(found: dict[str, Any], spec: str) -> str:
+    """With its standard deviation, where there is one."""
+    if found["mean"] is None:
+        return "none"
+    return f"{found['mean']:{spec}}" + ("" if found["std"] is None else f" ± {found['std']:{spec}}")
+
+
+def _difference(found: dict[str, Any], spec: str) -> list[str]:
+    """The mean difference, its interval, and whether that leaves 0 out."""
+    if found["interval"] is None:
+        return [f"{found['mean']:{spec}}", "", "one seed"]
+    low, high = found["interval"]
+    told = "yes" if found["exceeds_seed_noise"] else "no"
+    return [f"{found['mean']:{spec}}", f"[{low:{spec}}, {high:{spec}}]", told]
+
+
+def image_students(path: Path) -> str:
+    """What benchmarks/image_students.py measured, and how to read it."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    about, size, seconds = data["protocol"], data["parameters"], data["latency_ms"]
+
+    def line(name: str, whose: str, found: str, *rest: str) -> list[str]:
+        return [name, f"{size[whose]:,}", f"{seconds[whose]:.2f}", found, *(rest or ("",) * 4)]
+
+    cells = [
+        line("teacher", "teacher", f"{data['teacher']:.1%}"),
+        line("control", "student", _mean(data["control"], ".1%")),
+    ]
+    for name, row in data["groups"].items():
+        told = _difference(row["minus_control"], "+.1%")
+        cells.append(line(name, "student", _mean(row, ".1%"), *told, _mean(row["gap_closed"], ".0%")))
+    soft, hard = about["weights"]
+    seen, environment = data["trained_on"], data["environment"]
+    how = (
+        f"`recipes/hinton.py`, {about['seeds']} seeds: means and standard deviations, on {data['test_images']:,} test images. "
+        f"The teacher was trained on {seen['teacher']:,} images for {about['teacher_steps']} steps, the students on "
+        f"{seen['student']:,} of them for {about['steps']} steps of {about['batch']}, at a rate of {about['learning_rate']:g}; "
+        f"control: labels alone, from the same first weights; the rest {soft:g} of the teacher's answers at temperature T and "
+        f"{hard:g} of the labels. A difference is taken within each seed, with Student's interval; beyond the noise: it does "
+        f"not hold 0. Milliseconds of one image, in turns (torch {environment['torch']}, accelerator "
+        f"{environment['accelerator']})."
+    )
+    head = ["model", "parameters", "ms an image", "accuracy", *AGAINST, "gap closed"]
+    return "\n".join([*aligned(head, cells), "", how])
