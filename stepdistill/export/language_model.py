@@ -15,7 +15,12 @@ from ..kd.pair import Pair
 from .card import SAMPLES
 from .transformer import Report, export_network
 
-TITLES = {"lm_kd": "Distilled language model", "gkd": "Language model distilled on its own text"}
+TITLES = {
+    "lm_kd": "Distilled language model",
+    "gkd": "Language model distilled on its own text",
+    "minillm": "Language model distilled by policy gradients",
+    "distillm": "Language model distilled on text and its own, replayed",
+}
 ORDER = ("teacher", "control", "student")
 
 
