@@ -11,8 +11,8 @@ import torch
 from language import END, FULL, llama, student, teacher, uneven
 from toys import options
 
-from stepdistill.kd.divergences import Divergence
 from stepdistill.kd.distillm import DistiLLM, DistiLLMConfig
+from stepdistill.kd.divergences import Divergence
 from stepdistill.kd.gkd import GKD, GKDConfig
 from stepdistill.kd.language_model import LanguageModelKD, LanguageModelKDConfig, NextToken
 from stepdistill.kd.minillm import MiniLLM, MiniLLMConfig
