@@ -136,6 +136,7 @@ def by_hand() -> tuple[Written, Tensor]:
         (PAPER, [[0, 2, 4, 0], [0, 0, 0, 0]]),
         (replace(PAPER, length_normalised=True), [[0, 1, 4, 0], [0, 0, 0, 0]]),
         (replace(PAPER, reward_clip=3.0), [[0, 1, 3, 0], [0, 0, 0, 0]]),
+        (replace(PAPER, reward_clip=1.5), [[0, 0, 1.5, 0], [0, 0, 0, 0]]),
         (PolicyGradient("reference"), [[0, 3, 2, 4], [0, 8, 0, 0]]),
         (PolicyGradient("reference", length_normalised=True), [[0, 1, 1, 4], [0, 8, 0, 0]]),
     ],
