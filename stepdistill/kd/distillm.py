@@ -146,7 +146,7 @@ class DistiLLM(Method):
         return {"student": self.student}
 
     def training_step(self, batch: Batch) -> Losses:
-        if self._fresh_at != self.step:  # also after a step that was skipped
+        if self._fresh_at != self.step:  # whether the step before was skipped or not
             self._fresh, self._fresh_at = [], self.step
         if self.scheduler.last is None:
             self.validate()
@@ -193,7 +193,6 @@ class DistiLLM(Method):
         if self._fresh:
             rows = from_all(torch.cat(self._fresh))
             self.replay.push(rows[rows[:, 0].argsort()][:, 1:])  # in the order of the global batch
-            self._fresh = []
         self.done += 1
         if self.done % self.config.validate_every == 0:
             self.validate()

@@ -167,6 +167,16 @@ def test_a_step_of_each_kind() -> None:
     step("data", wanted)
 
 
+def test_a_texts_age_is_counted_in_steps_of_this_fit() -> None:
+    """The last of them writes nothing anew where the buffer is full, whatever number the trainer gives it."""
+    one = method(threshold=1.0, capacity=4)
+    one.replay.push(torch.cat([text(n, width=one.replay.width) for n in range(4)]))
+    one.step, one.done = 100, STEPS - 1
+    assert one.source(Batch(None, {}, {}, StepRandom(0, 100, [0]))) == "replay"
+    one.done = -1  # t = 0, before the first
+    assert one.source(Batch(None, {}, {}, StepRandom(0, 100, [0]))) == "student"
+
+
 def test_what_is_written_is_kept_in_the_order_of_the_global_batch() -> None:
     data = uneven(prompt=4)
     whole, parts = method(threshold=1.0), method(threshold=1.0)
