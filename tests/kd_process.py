@@ -11,9 +11,11 @@ import torch
 from language import END, FULL, llama, student, teacher, uneven
 from toys import options
 
+from stepdistill.kd.distillm import DistiLLM, DistiLLMConfig
 from stepdistill.kd.divergences import Divergence
 from stepdistill.kd.gkd import GKD, GKDConfig
 from stepdistill.kd.language_model import LanguageModelKD, LanguageModelKDConfig, NextToken
+from stepdistill.kd.minillm import MiniLLM, MiniLLMConfig
 from stepdistill.kd.networks import CausalLM
 from stepdistill.method import Method
 from stepdistill.training.trainer import Trainer
@@ -37,12 +39,26 @@ def untied() -> CausalLM:
     return CausalLM(llama(1, tie_word_embeddings=False)).student(FULL)
 
 
+def minillm() -> MiniLLM:
+    """With all that needs more than a micro-batch of its own."""
+    config = MiniLLMConfig(max_new_tokens=5, whitened=True, lm_weight=0.3)
+    return MiniLLM(config, student(), teacher(), uneven(prompt=4), END)
+
+
+def distillm() -> DistiLLM:
+    """With all three kinds of steps, and a threshold that rises."""
+    config = DistiLLMConfig(threshold=0.7, capacity=12, validate_every=2, tolerance=-10.0, max_new_tokens=5)
+    return DistiLLM(config, student(), teacher(), uneven(prompt=4), uneven(count=10, prompt=2), END, 8)
+
+
 def everything(folder: Path) -> None:
     """What 1 and 2 processes must agree on. With fsdp the second has half of the student, and whole logits."""
     kd = LanguageModelKDConfig(Divergence("jsd"), ce_weight=0.3)
     fit(folder / "kd", LanguageModelKD(kd, student(), teacher()), ema_decay=0.9)
     fit(folder / "plain", NextToken(student()))
     fit(folder / "gkd", GKD(GKDConfig(0.5, max_new_tokens=5), student(), teacher(), uneven(prompt=4), END))
+    fit(folder / "minillm", minillm())
+    fit(folder / "distillm", distillm(), max_train_steps=8, seed=5)
     fit(folder / "fsdp", LanguageModelKD(kd, untied(), teacher()), parallel="fsdp")
 
 

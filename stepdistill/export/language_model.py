@@ -17,7 +17,12 @@ from .config import NetworkExportConfig
 from .hub import push
 from .transformer import Report, export_network
 
-TITLES = {"lm_kd": "Distilled language model", "gkd": "Language model distilled on its own text"}
+TITLES = {
+    "lm_kd": "Distilled language model",
+    "gkd": "Language model distilled on its own text",
+    "minillm": "Language model distilled by policy gradients",
+    "distillm": "Language model distilled on text and its own, replayed",
+}
 ORDER = ("teacher", "control", "student")
 
 

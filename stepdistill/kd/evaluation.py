@@ -44,15 +44,20 @@ class EvalConfig:
 
 def perplexity(lm: CausalLM, rows: TokenRows) -> float:
     """exp of the mean negative log-probability of all targets in `rows`."""
-    total, count = 0.0, 0
+    return math.exp(min(mean_nll(lm, rows), 700.0))  # beyond it a float is infinite
+
+
+def mean_nll(lm: CausalLM, rows: TokenRows, most: int | None = None) -> float:
+    """The mean negative log-probability of the targets in `rows`, or in the first `most` of them."""
+    total, count, read = 0.0, 0, min(len(rows), most or len(rows))
     device = next(lm.module.parameters()).device
     with lm.evaluating():
-        for start in range(0, len(rows), BATCH):
-            indices = range(start, min(start + BATCH, len(rows)))
+        for start in range(0, read, BATCH):
+            indices = range(start, min(start + BATCH, read))
             batch = rows.batch(indices, StepRandom(0, 0, indices)).to(device)
             found = token_loss(Objective(kd_weight=0.0, ce_weight=1.0), lm, None, Tokens.of(batch))
             total, count = total + float(found.total), count + found.count
-    return math.exp(min(total / max(1, count), 700.0))  # beyond it a float is infinite
+    return total / max(1, count)
 
 
 def gap_closed(control: float, student: float, teacher: float) -> float:

@@ -20,7 +20,7 @@ from .divergences import Divergence
 from .language_model import check_weights, token_loss
 from .networks import CausalLM, smaller_teacher
 from .reduction import Objective
-from .rollouts import generate
+from .rollouts import check_prompts, generate
 
 LMBDA = 0.5
 
@@ -89,20 +89,12 @@ class GKD(Method):
         self._check(data)
 
     def _check(self, data: TokenRows) -> None:
-        if self.config.share > 0 and not data.prompted:
-            raise InputError("expected prompts for a student to complete, got data without; fix --data.prompt_tokens")
+        if self.config.share > 0:
+            check_prompts(data, self.config.max_new_tokens, self.student, self.teacher)
         if self.config.share < 1 and not data.completed:
             raise InputError(
                 f"expected completions for the {1 - self.config.share:.0%} of steps that use the data's text, got prompts "
                 "alone; give --method.lmbda 1, or a `completion` column"
-            )
-        windows = [w for w in (self.student.window, self.teacher.window) if w is not None]
-        longest = data.longest_prompt + self.config.max_new_tokens
-        if self.config.share > 0 and windows and longest > min(windows):
-            raise InputError(
-                f"expected prompts and what is written after them within the {min(windows)} positions of student and teacher, "
-                f"got {data.longest_prompt} and {self.config.max_new_tokens} tokens; lower --method.max_new_tokens, or "
-                "--data.prompt_tokens of documents and --data.block_size of conversations, which lose longer prompts then"
             )
 
     def networks(self) -> dict[str, Network]:

@@ -172,6 +172,23 @@ class CausalLM(TransformersNetwork):
         hidden: Tensor = kept[self._body]
         return hidden if self._scale == 1.0 else hidden * self._scale
 
+    def next_logits(self, input_ids: Tensor, attention_mask: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
+        """(logits [B, V] of the token after the last, the cache to go on with), to write in step with another model.
+
+        Args:
+            input_ids: [B, n], those that the cache has not seen.
+            attention_mask: [B, S], of all tokens; positions are counted as everywhere here.
+            cache: of the call before; None at first.
+        """
+        given = {**self._arguments(input_ids, attention_mask), "use_cache": True, "past_key_values": cache}
+        if "position_ids" in given:
+            given["position_ids"] = given["position_ids"][:, -input_ids.shape[1] :]
+        if "logits_to_keep" in self._takes:
+            given["logits_to_keep"] = 1
+        with self.active():
+            found = self.net(**given)
+        return found.logits[:, -1], found.past_key_values
+
     def _head_explains_logits(self) -> bool:
         layer = self._output_layer()
         if not isinstance(layer, nn.Linear):

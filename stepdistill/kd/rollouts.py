@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.tokens import Tokens
+from ..data.tokens import TokenRows, Tokens
 from ..errors import InputError
 from ..randomness import StepRandom
+from .divergences import log_probs
 from .networks import CausalLM
 
 DRAWN = 16  # tokens whose noise is drawn at once: each generator that is set up costs as much as hundreds of numbers
@@ -62,8 +63,58 @@ def gumbel(uniform: Tensor) -> Tensor:
     return -torch.log(-torch.log(uniform))
 
 
+class Mixture:
+    """A LogitsProcessor: the student's scores [B, V] -> log(share p + (1 - share) q), the teacher p in step with its own cache.
+
+    Both are restricted to the entries that the two tables share, and renormalised there; the others get -inf. Made for one call
+    of :func:`generate`.
+
+    Args:
+        teacher: sees the same tokens, mask and positions as the student.
+        share: of the teacher, in [0, 1); at 0 it is not asked.
+        prompt_mask: [B, P] of the prompts, padded on the left.
+    """
+
+    def __init__(self, teacher: CausalLM, share: float, prompt_mask: Tensor) -> None:
+        self.teacher, self.share, self.mask = teacher, share, prompt_mask.bool()
+        self.cache: Any = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        shared = min(scores.shape[1], self.teacher.vocabulary)
+        mixed = log_probs(scores[:, :shared])
+        if self.share:
+            rest = self.mask.new_ones(len(input_ids), input_ids.shape[1] - self.mask.shape[1])
+            unseen = input_ids if self.cache is None else input_ids[:, -1:]
+            logits, self.cache = self.teacher.next_logits(unseen, torch.cat([self.mask, rest], 1), self.cache)
+            log_p = log_probs(logits[:, :shared])
+            # arXiv 2306.08543, eq. 4: alpha p + (1 - alpha) q
+            mixed = torch.logaddexp(log_p + math.log(self.share), mixed + math.log1p(-self.share))
+        return torch.full_like(scores, -math.inf).index_copy_(
+            1, torch.arange(shared, device=scores.device), mixed.to(scores.dtype)
+        )
+
+
+def check_prompts(data: TokenRows, new: int, *models: CausalLM) -> None:
+    """InputError for data without prompts, and for prompts that leave no room for `new` tokens in a model's window."""
+    if not data.prompted:
+        raise InputError("expected prompts for a student to complete, got data without; fix --data.prompt_tokens")
+    windows = [model.window for model in models if model.window is not None]
+    if windows and data.longest_prompt + new > min(windows):
+        raise InputError(
+            f"expected prompts and what is written after them within the {min(windows)} positions of student and teacher, "
+            f"got {data.longest_prompt} and {new} tokens; lower --method.max_new_tokens, or --data.prompt_tokens of documents "
+            "and --data.block_size of conversations, which lose longer prompts then"
+        )
+
+
 def generate(
-    student: CausalLM, prompt_ids: Tensor, prompt_mask: Tensor, new: int, end: int, rng: StepRandom | None = None
+    student: CausalLM,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    new: int,
+    end: int,
+    rng: StepRandom | None = None,
+    mixture: Mixture | None = None,
 ) -> Tokens:
     """Prompts [B, P] with what the student writes after them, up to `new` tokens; without any graph, and in eval mode.
 
@@ -75,6 +126,7 @@ def generate(
         new: the most tokens that are written; the last is `end` where the student came to one.
         end: the end-of-text token, which is written, learned, and followed by padding.
         rng: of the samples; None writes the likeliest token each time.
+        mixture: of a teacher that writes along; None leaves it to the student.
 
     Returns:
         Tokens [B, P + n] whose targets are those that were written.
@@ -92,12 +144,13 @@ def generate(
     plan = GenerationConfig(
         do_sample=False, num_beams=1, max_new_tokens=new, eos_token_id=end, pad_token_id=end, use_cache=True
     )
-    noise = [] if rng is None else [GumbelMax(rng, prompt_ids.shape[1])]
+    processors: list[Any] = [] if mixture is None else [mixture]
+    processors += [] if rng is None else [GumbelMax(rng, prompt_ids.shape[1])]
     try:
         with student.evaluating(), student.active():
             ids = module.generate(
                 prompt_ids, attention_mask=prompt_mask.long(), generation_config=plan,
-                logits_processor=LogitsProcessorList(noise),
+                logits_processor=LogitsProcessorList(processors),
             )  # fmt: skip
     finally:
         module.generation_config = own

@@ -187,6 +187,27 @@ def test_gkd_from_documents_and_from_prompts_alone(inputs: Path, tmp_path: Path)
     assert (tmp_path / "prompts" / "model.safetensors").is_file()
 
 
+def test_minillm_from_documents_and_from_prompts_alone(inputs: Path, tmp_path: Path) -> None:
+    recipe = load_recipe("minillm")
+    run_in_process(recipe, given(inputs, tmp_path / "demo", "--sft_steps", 2, "--method.max_new_tokens", 5))
+    said = facts(tmp_path / "demo")
+    assert said["results"]["own_text_reverse_kl"].keys() == {"student", "control"} and "gap_closed" in said["results"]
+    assert "by policy gradients" in (tmp_path / "demo" / "README.md").read_text()
+    alone = ["--control", "false", "--method.max_new_tokens", 5, "--method.importance_weights", "exact"]
+    run_in_process(recipe, checkpoints(inputs, tmp_path / "prompts", "prompts.jsonl", *alone))
+    assert (tmp_path / "prompts" / "model.safetensors").is_file()
+
+
+def test_distillm_from_documents_and_what_it_refuses(inputs: Path, tmp_path: Path) -> None:
+    recipe = load_recipe("distillm")
+    more = ["--method.max_new_tokens", 5, "--method.threshold", 0.9, "--method.capacity", 4]
+    run_in_process(recipe, given(inputs, tmp_path / "demo", "--sft_steps", 2, *more))
+    lines = [json.loads(line) for line in (tmp_path / "demo" / "metrics.jsonl").read_text().splitlines()]
+    assert any(line.get("written") for line in lines) and "replayed" in (tmp_path / "demo" / "README.md").read_text()
+    with pytest.raises(InputError, match="completion"):
+        run_in_process(recipe, checkpoints(inputs, tmp_path / "prompts", "prompts.jsonl", *more))
+
+
 @pytest.mark.parametrize(
     ("more", "named"),
     [
@@ -242,5 +263,5 @@ def test_help_is_quick() -> None:
         "    m = u.module_from_spec(s); sys.modules[s.name] = m; s.loader.exec_module(m)\n"
         "assert not {'diffusers', 'peft', 'transformers'} & set(sys.modules)"
     )
-    paths = [str(ROOT / "recipes" / f"{name}.py") for name in ("lm_kd", "gkd")]
+    paths = [str(ROOT / "recipes" / f"{name}.py") for name in ("lm_kd", "gkd", "minillm", "distillm")]
     subprocess.run([sys.executable, "-c", code, *paths], check=True, cwd=ROOT, timeout=100)
