@@ -69,6 +69,14 @@ class TransformersNetwork(Network):
                 warnings.simplefilter("ignore", FutureWarning)
                 module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
+    @property
+    def recomputes(self) -> bool:
+        """Whether activations are computed again in backward."""
+        module: Any = self.module
+        with warnings.catch_warnings():  # as above
+            warnings.simplefilter("ignore", FutureWarning)
+            return bool(module.is_gradient_checkpointing)
+
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Within it the module is in eval mode and nothing has a graph; afterwards its mode is as it was, module by module."""
