@@ -37,22 +37,26 @@ def train_masked_tokenizer(examples: Sequence[Example], size: int, window: int) 
 
     Byte-level like RoBERTa's, not WordPiece: no word is unknown.
     """
+    from tokenizers import AddedToken
     from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
 
-    special = [PAD, UNKNOWN, BEGIN, SEPARATOR, MASK]
+    mask = AddedToken(
+        MASK, lstrip=True, special=True
+    )  # a word's token has the blank before it, and so the mask takes it
+    special = [PAD, UNKNOWN, BEGIN, SEPARATOR, mask]
     inner = _byte_pairs(examples, size, special)
     inner.post_processor = TemplateProcessing(
         single=f"{BEGIN} $A {SEPARATOR}", pair=f"{BEGIN} $A {SEPARATOR} $B:1 {SEPARATOR}:1",
         special_tokens=[(name, special.index(name)) for name in (BEGIN, SEPARATOR)],
     )  # fmt: skip
     return PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token=PAD, unk_token=UNKNOWN, cls_token=BEGIN, sep_token=SEPARATOR, mask_token=MASK,
+        tokenizer_object=inner, pad_token=PAD, unk_token=UNKNOWN, cls_token=BEGIN, sep_token=SEPARATOR, mask_token=mask,
         model_max_length=window,
     )  # fmt: skip
 
 
-def _byte_pairs(examples: Sequence[Example], size: int, special: list[str]) -> Any:
+def _byte_pairs(examples: Sequence[Example], size: int, special: Sequence[Any]) -> Any:
     """A byte-level BPE of `size` tokens, the special ones first."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -64,7 +68,7 @@ def _byte_pairs(examples: Sequence[Example], size: int, special: list[str]) -> A
     inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=size, special_tokens=special, initial_alphabet=sorted(alphabet), show_progress=False
+        vocab_size=size, special_tokens=list(special), initial_alphabet=sorted(alphabet), show_progress=False
     )
     inner.train_from_iterator((text for example in examples for text in _texts(example)), trainer)
     return inner

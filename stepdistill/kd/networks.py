@@ -145,7 +145,9 @@ class LanguageModel(TransformersNetwork, ABC):
         return Head(layer.weight, layer.bias, self.config.to_dict().get(SOFT_CAP))
 
     def tapped(self, name: str, output: Any) -> Any:
-        return output[0]  # the last hidden state, of a ModelOutput as of a tuple
+        return (
+            output if isinstance(output, Tensor) else output[0]
+        )  # the last hidden state, of a ModelOutput as of a tuple
 
     def _head_explains_logits(self) -> bool:
         layer = self.output_layer
