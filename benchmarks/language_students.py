@@ -47,7 +47,7 @@ def train_teacher(folder: Path) -> None:
     from stepdistill.data.text import TextConfig, open_texts
     from stepdistill.data.tokens import rows_of
     from stepdistill.kd.language_model import NextToken
-    from stepdistill.kd.pair import LMStudentConfig, LMTeacherConfig, Pair
+    from stepdistill.kd.pair import CAUSAL, LMStudentConfig, LMTeacherConfig, Pair
     from stepdistill.training.config import TrainConfig
     from stepdistill.training.trainer import Trainer
 
@@ -56,7 +56,7 @@ def train_teacher(folder: Path) -> None:
     text = TextConfig()
     texts = open_texts(text)
     trainer = Trainer(TrainConfig(**options, resume_from_checkpoint="latest"), folder)
-    pair = Pair(config, LMStudentConfig(), texts.train, 2048, text.block_size, 0, trainer.device)
+    pair = Pair(CAUSAL, config, LMStudentConfig(), texts.train, 2048, text.block_size, 0, trainer.device)
     teacher = pair.teacher(trains=True)
     trainer.fit(NextToken(teacher), rows_of(texts.train, pair.tokenizer, text.block_size))
     for part in (teacher.frozen().module, pair.tokenizer):

@@ -32,8 +32,16 @@ from .licence import licence
 from .lines import quoted
 
 SCHEMA = 1
-AUTO = {"text-generation": "AutoModelForCausalLM", "image-classification": "AutoModelForImageClassification"}
-LOADED = {"text-generation": "AutoTokenizer", "image-classification": "AutoImageProcessor"}
+AUTO = {
+    "text-generation": "AutoModelForCausalLM",
+    "fill-mask": "AutoModelForMaskedLM",
+    "image-classification": "AutoModelForImageClassification",
+}
+LOADED = {
+    "text-generation": "AutoTokenizer",
+    "fill-mask": "AutoTokenizer",
+    "image-classification": "AutoImageProcessor",
+}
 
 
 @dataclass(frozen=True)
@@ -41,7 +49,7 @@ class Report:
     """What a run says of its student.
 
     Attributes:
-        task: text-generation or image-classification.
+        task: text-generation, fill-mask or image-classification.
         method: e.g. lm_kd.
         title: of the card, e.g. "Distilled language model".
         base: checkpoint that the student started from: folder or hub id, "demo" for random weights.
