@@ -19,7 +19,9 @@ WORDS, CLASSES = 40, ("bread", "cheese", "wine")
 FULL = StudentConfig(kind="full")
 
 
-def bert(seed: int, layers: int = 2, width: int = 12, heads: int = 3, classes: Sequence[str] = CLASSES, **more: Any) -> Any:
+def bert(
+    seed: int, layers: int = 2, width: int = 12, heads: int = 3, classes: Sequence[str] = CLASSES, **more: Any
+) -> Any:
     """BertForSequenceClassification without dropout, its weights larger than they are usually at first."""
     from transformers import BertConfig, BertForSequenceClassification
 
@@ -64,3 +66,15 @@ def more_padding(batch: Batch, by: int, fill: int = 7) -> Batch:
         "labels": batch.extra["labels"],
     }
     return Batch(None, {}, {}, batch.rng, wide)
+
+
+def scores_by_hand(module: Any, layer: int, hidden: Tensor, heads: int) -> Tensor:
+    """Q K^T / sqrt(d) of a layer, one head after the other, from its weights and what went into it."""
+    part = module.bert.encoder.layer[layer].attention.self
+    q, k = part.query(hidden), part.key(hidden)
+    size = q.shape[-1] // heads
+    found = []
+    for head in range(heads):
+        own = slice(head * size, (head + 1) * size)
+        found.append(torch.einsum("bid,bjd->bij", q[..., own], k[..., own]) / size**0.5)
+    return torch.stack(found, 1)

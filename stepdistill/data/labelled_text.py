@@ -14,6 +14,7 @@ from ..batch import Batch
 from ..errors import InputError
 from ..randomness import StepRandom, key
 from .docstrings import docstrings
+from .text import Example
 from .tokens import padded
 
 GROUPS = 8  # classes of the demo
@@ -79,13 +80,10 @@ class Task:
     test: Labelled
     dropped: int = 0
 
-    def holds_out(self, text: str) -> bool:
-        """Whether a text of general data has one in it that is measured on."""
-        return any(_letters(part) in self._measured for part in (text, *text.split("\n\n")))
-
-    @property
-    def _measured(self) -> frozenset[str]:
-        return frozenset(_letters(text) for text, _ in self.test.pairs)
+    def apart_from(self, examples: Sequence[Example]) -> list[Example]:
+        """Those of general text that have no text in them that is measured on, neither whole nor as a paragraph."""
+        measured = {_letters(text) for text, _ in self.test.pairs}
+        return [e for e in examples if not any(_letters(part) in measured for part in (e.text, *e.text.split("\n\n")))]
 
 
 def open_task(config: TaskConfig) -> Task:
@@ -98,12 +96,18 @@ def open_task(config: TaskConfig) -> Task:
     measured = {_letters(text) for text, _ in test}
     kept = [(text, name) for text, name in _once(train) if _letters(text) not in measured]
     test_once = _once(test)
-    classes = sorted({name for _, name in kept}, key=lambda name: (not name.isdecimal(), len(name) if name.isdecimal() else 0, name))
+    classes = sorted(
+        {name for _, name in kept}, key=lambda name: (not name.isdecimal(), len(name) if name.isdecimal() else 0, name)
+    )
     for part, flag in ((kept, "training"), (test_once, "measuring")):
         if not part:
             raise InputError(f"expected texts for {flag} in {config.path!r}, got none; {FORM}")
     if len(classes) < 2 or (odd := {name for _, name in test_once} - set(classes)):
-        found = f"{len(classes)} ({', '.join(classes[:3])})" if len(classes) < 2 else f"{sorted(odd)[:3]} that training has not"
+        found = (
+            f"{len(classes)} ({', '.join(classes[:3])})"
+            if len(classes) < 2
+            else f"{sorted(odd)[:3]} that training has not"
+        )
         raise InputError(f"expected two classes or more, the same to train on and to measure on, got {found}; {FORM}")
     return Task(Labelled(kept, tuple(classes)), Labelled(test_once, tuple(classes)), len(train) - len(kept))
 

@@ -35,11 +35,13 @@ SCHEMA = 1
 AUTO = {
     "text-generation": "AutoModelForCausalLM",
     "fill-mask": "AutoModelForMaskedLM",
+    "text-classification": "AutoModelForSequenceClassification",
     "image-classification": "AutoModelForImageClassification",
 }
 LOADED = {
     "text-generation": "AutoTokenizer",
     "fill-mask": "AutoTokenizer",
+    "text-classification": "AutoTokenizer",
     "image-classification": "AutoImageProcessor",
 }
 
@@ -49,7 +51,7 @@ class Report:
     """What a run says of its student.
 
     Attributes:
-        task: text-generation, fill-mask or image-classification.
+        task: text-generation, fill-mask, text-classification or image-classification.
         method: e.g. lm_kd.
         title: of the card, e.g. "Distilled language model".
         base: checkpoint that the student started from: folder or hub id, "demo" for random weights.

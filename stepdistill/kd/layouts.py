@@ -93,12 +93,12 @@ def gpt2_layout(layers: int, width: int, tokenizer: Any, window: int, seed: int)
     return seeded(seed, lambda: GPT2LMHeadModel(config))
 
 
-def bert_layout(layers: int, width: int, tokenizer: Any, window: int, seed: int) -> Any:
-    """BertForMaskedLM (arXiv 1810.04805) with random weights, without dropout."""
+def bert_layout(layers: int, width: int, tokenizer: Any, window: int, seed: int, heads: int | None = None) -> Any:
+    """BertForMaskedLM (arXiv 1810.04805) with random weights, without dropout; a head for each 32 entries by default."""
     from transformers import BertConfig, BertForMaskedLM
 
     config = BertConfig(
-        vocab_size=len(tokenizer), hidden_size=width, num_hidden_layers=layers, num_attention_heads=_heads(width),
+        vocab_size=len(tokenizer), hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads or _heads(width),
         intermediate_size=4 * width, max_position_embeddings=window, pad_token_id=tokenizer.pad_token_id,
         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip

@@ -115,7 +115,9 @@ def hidden_distance(ours: Tensor, theirs: Tensor, real: Tensor) -> Tensor:
 
 def attention_distance(ours: Tensor, theirs: Tensor, real: Tensor) -> Tensor:
     """Eq. 7, the mean over heads of MSE(A_S, A_T), of each text over its pairs of real tokens: [B, h, S, S] twice -> [B]."""
-    pairs = (real[:, None, :] & real[:, :, None])[:, None]  # masked by lengths; scores are finite at padding, and meaningless
+    pairs = (real[:, None, :] & real[:, :, None])[
+        :, None
+    ]  # masked by lengths; scores are finite at padding, and meaningless
     error = _difference(ours, theirs).masked_fill(~pairs, 0.0).square().sum((1, 2, 3))
     return error / (theirs.shape[1] * real.sum(1) ** 2).clamp(min=1)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from encoders import batch_of, bert, student, teacher, texts
+from encoders import batch_of, bert, scores_by_hand, student, teacher, texts
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -23,18 +23,6 @@ def given(*indices: int) -> dict[str, Tensor]:
     return {"input_ids": extra["input_ids"], "attention_mask": extra["attention_mask"]}
 
 
-def by_hand(module: Any, layer: int, hidden: Tensor, heads: int) -> Tensor:
-    """Q K^T / sqrt(d) of a layer, one head after the other, from its weights and what went into it."""
-    part = module.bert.encoder.layer[layer].attention.self
-    q, k = part.query(hidden), part.key(hidden)
-    size = q.shape[-1] // heads
-    found = []
-    for head in range(heads):
-        own = slice(head * size, (head + 1) * size)
-        found.append(torch.einsum("bid,bjd->bij", q[..., own], k[..., own]) / size**0.5)
-    return torch.stack(found, 1)
-
-
 @pytest.mark.parametrize("heads", [1, 3])
 def test_scores_are_the_products_of_queries_and_keys_from_the_weights(heads: int) -> None:
     module = bert(0, layers=3, heads=heads).double()
@@ -44,7 +32,7 @@ def test_scores_are_the_products_of_queries_and_keys_from_the_weights(heads: int
     assert_close(found.hidden[0], module.bert.embeddings(input_ids=given()["input_ids"]), **EXACT)
     for layer in range(3):
         assert_close(found.hidden[layer + 1], states[layer + 1], **EXACT)
-        assert_close(found.scores[layer], by_hand(module, layer, states[layer], heads), rtol=1e-12, atol=1e-12)
+        assert_close(found.scores[layer], scores_by_hand(module, layer, states[layer], heads), rtol=1e-12, atol=1e-12)
 
 
 def test_their_softmax_over_real_tokens_is_what_transformers_returns() -> None:

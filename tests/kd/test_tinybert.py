@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from encoders import CLASSES, batch_of, bert, more_padding, student, teacher, texts
+from encoders import CLASSES, FULL, batch_of, bert, more_padding, scores_by_hand, student, teacher, texts
 from torch import Tensor
 from torch.nn import functional
 from torch.testing import assert_close
@@ -53,18 +53,18 @@ def by_hand(method: TinyBERTLayers, batch: Batch, attention: float, hidden: floa
             total = total + hidden * functional.mse_loss(ours[0][m] @ w, theirs[0][n].detach())
             if m:
                 heads = ours[1][m - 1].shape[1]
-                apart = [functional.mse_loss(ours[1][m - 1][:, h], theirs[1][n - 1][:, h].detach()) for h in range(heads)]
+                apart = [
+                    functional.mse_loss(ours[1][m - 1][:, h], theirs[1][n - 1][:, h].detach()) for h in range(heads)
+                ]
                 total = total + attention * torch.stack(apart).sum() / heads
     return total / len(lengths)
 
 
 def alone(network: Any, ids: Tensor) -> tuple[Any, list[Tensor]]:
     """Hidden states and scores of a text by itself, the scores from the weights."""
-    from test_attention import by_hand as from_weights
-
     states = network.module(input_ids=ids, output_hidden_states=True).hidden_states
     count = network.module.config.num_attention_heads
-    return states, [from_weights(network.module, m, states[m], count) for m in range(len(states) - 1)]
+    return states, [scores_by_hand(network.module, m, states[m], count) for m in range(len(states) - 1)]
 
 
 def gradients(method: TinyBERTLayers) -> dict[str, Tensor]:
@@ -127,7 +127,7 @@ def test_half_precision_is_squared_in_full() -> None:
 
 
 def test_a_student_that_is_the_teacher_has_nothing_to_learn() -> None:
-    pupil, wise = TextClassifier(bert(0)).student(encoders_full()), TextClassifier(bert(0)).frozen()
+    pupil, wise = TextClassifier(bert(0)).student(FULL), TextClassifier(bert(0)).frozen()
     method = layers(pupil, wise)
     total = method.training_step(batch_of(texts(), range(6))).total
     total.backward()
@@ -137,12 +137,6 @@ def test_a_student_that_is_the_teacher_has_nothing_to_learn() -> None:
     losses.total.backward()
     assert abs(losses.metrics["kl"].item()) < 1e-12 < losses.total.item(), "the teacher's entropy is left"
     assert all(float(p.grad.abs().max()) < 1e-12 for p in pupil.trainable())
-
-
-def encoders_full() -> Any:
-    from encoders import FULL
-
-    return FULL
 
 
 def test_no_gradient_reaches_the_teacher_or_the_head() -> None:
@@ -336,7 +330,9 @@ def test_the_projection_goes_on_from_one_stage_to_the_next_and_the_head_waits(tm
 @pytest.mark.parametrize("stage", [0, 2])
 def test_one_batch_of_eight_is_two_of_four(tmp_path: Path, stage: int) -> None:
     for name, more in (("one", {}), ("two", {"train_batch_size": 4, "gradient_accumulation_steps": 2})):
-        Trainer(options(max_train_steps=4, adam_epsilon=1e-3, **more), tmp_path / name).fit(Run().stages()[stage][1](), texts())
+        Trainer(options(max_train_steps=4, adam_epsilon=1e-3, **more), tmp_path / name).fit(
+            Run().stages()[stage][1](), texts()
+        )
     assert_close(saved(tmp_path / "two")[0], saved(tmp_path / "one")[0], rtol=1e-4, atol=1e-6)
     assert_close(rows(tmp_path / "two"), rows(tmp_path / "one"), rtol=1e-5, atol=1e-6)
 
@@ -361,5 +357,3 @@ def test_accuracy_counts_what_is_right() -> None:
 def alone_batch(data: Any, i: int) -> dict[str, Tensor]:
     ids = torch.tensor([data.rows[i].ids])
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-
