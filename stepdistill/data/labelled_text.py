@@ -20,11 +20,12 @@ from .tokens import padded
 GROUPS = 8  # classes of the demo
 SHORTEST = 6  # words of a paragraph; below it there is nothing to tell its package by
 FORM = (
-    'give --task.path "docstrings", or a data set of `datasets` (a hub id, or a folder or file of parquet, arrow, json, jsonl or '
-    "csv) with columns of texts and labels, such as stanfordnlp/sst2 with --task.text_column sentence --task.test_split validation"
+    'give --task.path "docstrings", or a data set of `datasets` (a hub id, or a folder or file of parquet, arrow, json, jsonl '
+    "or csv) with columns of texts and labels, such as stanfordnlp/sst2 with --task.text_column sentence and --task.test_split "
+    "validation"
 )
 
-Pairs = list[tuple[str, str]]  # (text, class)
+Rows = list[tuple[str, str, str]]  # (what stays on one side of the border, text, class)
 
 
 @dataclass
@@ -62,9 +63,9 @@ class TaskConfig:
 
 @dataclass(frozen=True)
 class Labelled:
-    """Texts and their classes by name."""
+    """Texts and their classes by name: (text, class) of each, and all classes in the order of their numbers."""
 
-    pairs: Pairs
+    pairs: list[tuple[str, str]]
     classes: tuple[str, ...]
 
 
@@ -88,28 +89,23 @@ class Task:
 
 def open_task(config: TaskConfig) -> Task:
     """The task that `config` names. Raises InputError."""
-    if config.path == "docstrings":
-        train, test = _parted([(module, text, group) for module, text, group in _paragraphs()], config.held_out)
-        train, test = _balanced(train), _balanced(test)
-    else:
-        train, test = _table(config)
-    measured = {_letters(text) for text, _ in test}
-    kept = [(text, name) for text, name in _once(train) if _letters(text) not in measured]
-    test_once = _once(test)
+    train, test = _docstrings(config) if config.path == "docstrings" else _table(config)
+    measured = {_letters(text) for _, text, _ in test}
+    kept, test = [row for row in _once(train) if _letters(row[1]) not in measured], _once(test)
     classes = sorted(
-        {name for _, name in kept}, key=lambda name: (not name.isdecimal(), len(name) if name.isdecimal() else 0, name)
+        {name for _, _, name in kept}, key=lambda name: (len(name), name) if name.isdecimal() else (99, name)
     )
-    for part, flag in ((kept, "training"), (test_once, "measuring")):
+    for part, use in ((kept, "train on"), (test, "measure on")):
         if not part:
-            raise InputError(f"expected texts for {flag} in {config.path!r}, got none; {FORM}")
-    if len(classes) < 2 or (odd := {name for _, name in test_once} - set(classes)):
-        found = (
-            f"{len(classes)} ({', '.join(classes[:3])})"
-            if len(classes) < 2
-            else f"{sorted(odd)[:3]} that training has not"
+            raise InputError(f"expected texts to {use} in {config.path!r}, got none; {FORM}")
+    if len(classes) < 2:
+        raise InputError(f"expected two classes or more in {config.path!r}, got {classes}; {FORM}")
+    if odd := sorted({name for _, _, name in test} - set(classes)):
+        raise InputError(
+            f"expected to measure on the classes trained on, got {odd[:3]} besides {classes[:3]}; fix --task.test_split"
         )
-        raise InputError(f"expected two classes or more, the same to train on and to measure on, got {found}; {FORM}")
-    return Task(Labelled(kept, tuple(classes)), Labelled(test_once, tuple(classes)), len(train) - len(kept))
+    parts = (Labelled([(text, name) for _, text, name in part], tuple(classes)) for part in (kept, test))
+    return Task(*parts, dropped=len(train) - len(kept))
 
 
 def _letters(text: str) -> str:
@@ -117,70 +113,53 @@ def _letters(text: str) -> str:
     return "".join(c for c in text.casefold() if c.isalnum()) or text
 
 
-def _once(pairs: Pairs) -> Pairs:
+def _once(rows: Rows) -> Rows:
     """Each text once, and none that is of two classes."""
     names: dict[str, set[str]] = {}
-    for text, name in pairs:
+    for _, text, name in rows:
         names.setdefault(_letters(text), set()).add(name)
-    seen: set[str] = set()
-    kept = []
-    for text, name in pairs:
-        letters = _letters(text)
-        if letters not in seen and len(names[letters]) == 1:
-            kept.append((text, name))
-        seen.add(letters)
-    return kept
+    first = {_letters(row[1]): row for row in reversed(rows)}
+    return [row for row in rows if row is first[_letters(row[1])] and len(names[_letters(row[1])]) == 1]
 
 
-def _paragraphs() -> list[tuple[str, str, str]]:
-    """(docstring, paragraph, package) of the packages with the most paragraphs; private ones are twins of others."""
+def _docstrings(config: TaskConfig) -> tuple[Rows, Rows]:
+    """Paragraphs of the packages that have most of them; private ones are twins of others. As many of each package."""
     found = [
         (text, part.strip(), module.split(".")[0])
         for module, text in docstrings()
         for part in text.split("\n\n")
         if not module.startswith("_") and len(part.split()) >= SHORTEST
     ]
+    found = _once(found)
     counts = Counter(group for _, _, group in found)
-    groups = {name for name, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:GROUPS]}
-    return [row for row in found if row[2] in groups]
+    groups = sorted(counts, key=lambda name: (-counts[name], name))[:GROUPS]
+    train, test = _parted([row for row in found if row[2] in groups], config.held_out)
+    return _balanced(train), _balanced(test)
 
 
-def _parted(rows: Sequence[tuple[str, str, str]], share: float) -> tuple[Pairs, Pairs]:
-    """(train, test) of (what stays on one side, text, class): a side is a function of the words alone."""
-    train: Pairs = []
-    test: Pairs = []
-    for whole, text, name in rows:
-        (test if key("held out", whole)[0] / 2**64 < share else train).append((text, name))
+def _parted(rows: Rows, share: float) -> tuple[Rows, Rows]:
+    """(train, test): a row's side is a function of what it is part of."""
+    train: Rows = []
+    test: Rows = []
+    for row in rows:
+        (test if key("held out", row[0])[0] / 2**64 < share else train).append(row)
     return train, test
 
 
-def _balanced(pairs: Pairs) -> Pairs:
+def _balanced(rows: Rows) -> Rows:
     """As many of each class as the smallest has, chosen by their words; in an order that mixes the classes."""
-    pairs = sorted(_once(pairs), key=lambda pair: key("order", pair[0]))
-    least = min(Counter(name for _, name in pairs).values(), default=0)
+    least = min(Counter(name for _, _, name in rows).values(), default=0)
     taken: Counter[str] = Counter()
     kept = []
-    for text, name in pairs:
-        taken[name] += 1
-        if taken[name] <= least:
-            kept.append((text, name))
+    for row in sorted(rows, key=lambda row: key("order", row[1])):
+        taken[row[2]] += 1
+        if taken[row[2]] <= least:
+            kept.append(row)
     return kept
 
 
-def _table(config: TaskConfig) -> tuple[Pairs, Pairs]:
-    train = _read(config, config.split)
-    try:
-        return train, _read(config, config.test_split)
-    except InputError as error:
-        if "split" not in str(error):
-            raise
-    return _parted([(_letters(text), text, name) for text, name in train], config.held_out)
-
-
-def _read(config: TaskConfig, split: str) -> Pairs:
-    """(text, class) of each row that has both."""
-    import datasets
-
+def _table(config: TaskConfig) -> tuple[Rows, Rows]:
+    """The two splits of a data set; where there is but one, a share of it is held out."""
     from ..families.loading import is_local
     from .folder import suffix
     from .hub import TABLES, load_rows
@@ -188,7 +167,18 @@ def _read(config: TaskConfig, split: str) -> Pairs:
     place = Path(config.path).expanduser()
     if (is_local(config.path) and not place.exists()) or (place.is_file() and suffix(place.name) not in TABLES):
         raise InputError(f"expected labelled texts at {config.path!r}, got nothing of that kind there; {FORM}")
-    rows = load_rows(config.path, split)
+    train = _read(config, load_rows(config.path, config.split), config.split)
+    try:
+        rows = load_rows(config.path, config.test_split)
+    except InputError:  # no such split: the other one was there
+        return _parted(_once(train), config.held_out)
+    return train, _read(config, rows, config.test_split)
+
+
+def _read(config: TaskConfig, rows: Any, split: str) -> Rows:
+    """(letters, text, class) of each row that has both."""
+    import datasets
+
     for name, flag in ((config.text_column, "--task.text_column"), (config.label_column, "--task.label_column")):
         if name not in rows.column_names:
             raise InputError(f"expected a column {name!r} in {config.path!r}, got {rows.column_names}; fix {flag}")
@@ -201,7 +191,8 @@ def _read(config: TaskConfig, split: str) -> Pairs:
                 "--task.test_split (validation, often)"
             )
         labels = [feature.int2str(label) for label in labels]
-    return [(str(t), str(label)) for t, label in zip(texts, labels, strict=True) if t and label is not None]
+    pairs = [(str(text), str(label)) for text, label in zip(texts, labels, strict=True) if text and label is not None]
+    return [(_letters(text), text, label) for text, label in pairs]
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ def _table(results: Mapping[str, Any]) -> str:
     stages = ", ".join(f"{name} {count}" for name, count in results["steps"].items())
     lines = [
         *rows, "",
-        f"{results['test_texts']:,} held-out texts of {len(results['classes'])} classes (and the standard error that so few have), "
+        f"{results['test_texts']:,} held-out texts of {len(results['classes'])} classes (with the standard error of so many), "
         f"{results['trained_on']:,} to train on. Steps: {stages}.",
     ]  # fmt: skip
     if "gap_closed" in results:

@@ -1,7 +1,7 @@
 """What an encoder of Transformers computes on its way: hidden states, and the attention scores BEFORE the softmax.
 
-Transformers returns probabilities (`output_attentions`). A function registered with its AttentionInterface is handed queries and
-keys instead: ours computes Q K^T * scaling from them and then does what `sdpa` does.
+Transformers returns probabilities (`output_attentions`). A function registered with its AttentionInterface is handed queries
+and keys instead: ours computes Q K^T * scaling from them and then does what `sdpa` does.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _attention(
 
 @contextmanager
 def attention_scores(module: Any) -> Iterator[list[Tensor]]:
-    """Collects the scores of all layers: `with attention_scores(model) as kept: model(...)`, [B, h, S, S] each, in call order.
+    """Collects the scores of all layers, [B, h, S, S] each, in the order of calls, of what the module computes within it.
 
     They have a graph where the forward has one. The model computes as with `sdpa` meanwhile; its own implementation is back
     afterwards, after an error too. One module is not to be in two of these at once.
@@ -108,19 +108,21 @@ class Inside:
 
 
 def inside(network: Network, input_ids: Tensor, attention_mask: Tensor, with_scores: bool = True) -> Inside:
-    """Hidden states and scores of tokens [B, S] by one forward of the whole network (through .net, so that DDP knows of it).
+    """Hidden states and scores of tokens [B, S] by one forward.
 
     Raises InputError for a network whose attention does not go through the interface.
     """
     module: Any = network.module
+    # what trains goes through net, so that DDP knows of it; a frozen teacher needs no head, which may have a vocabulary to fill
+    forward = network.net if network.trainable() else module.base_model
     with attention_scores(module) if with_scores else nullcontext([]) as kept, network.active():
-        hidden = network.net(
+        hidden = forward(
             input_ids=input_ids, attention_mask=attention_mask.long(), output_hidden_states=True
         ).hidden_states
     layers = Shape.of(network).layers
     if with_scores and len(kept) != layers:
         raise InputError(
-            f"expected the attention scores of {layers} layers, got {len(kept)}: the attention of {type(module).__name__} does not go "
+            f"expected the attention scores of {layers} layers, got {len(kept)}: that of {type(module).__name__} does not go "
             "through Transformers' AttentionInterface; give --method.attention_weight 0"
         )
     return Inside(tuple(hidden), tuple(kept))

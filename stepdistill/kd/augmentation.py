@@ -1,7 +1,7 @@
 """More texts of a task, made of its own (TinyBERT, arXiv 1909.10351, algorithm 1): words replaced by a masked model's guesses.
 
-The paper replaces words that are cut into several pieces by their neighbours in GloVe; here those stay as they are. The losses of
-TinyBERT look at no labels, so a text whose class has changed on the way harms nothing: the teacher says what it is now.
+The paper replaces words that are cut into several pieces by their neighbours in GloVe; here those stay as they are. The losses
+of TinyBERT look at no labels, so a text whose class has changed on the way harms nothing: the teacher says what it is now.
 """
 
 from __future__ import annotations

@@ -30,8 +30,8 @@ class EncoderStudentConfig:
     """What trains: all of it.
 
     Attributes:
-        path: a folder or hub id of a masked language model that students begin as, or "demo" for a small BERT layout with random
-            weights.
+        path: a folder or hub id of a masked language model that students begin as, or "demo" for a small BERT layout with
+            random weights.
         revision: branch, tag or commit on the hub.
         layers: of the demo.
         width: of the demo.
@@ -117,8 +117,8 @@ class Encoders:
         teacher = self.pair.teacher(trains=True)
         if self._tuned is not None and (found := Shape.of(self._tuned)) != (wanted := Shape.of(teacher)):
             raise InputError(
-                f"expected the fine-tuned teacher to be of the pre-trained one's shape, got {found} for {wanted}; fix {TUNED} or "
-                "--teacher.path"
+                f"expected the fine-tuned teacher to be of the pre-trained one's shape, got {found} for {wanted}; fix {TUNED} "
+                "or --teacher.path"
             )
         return teacher
 
@@ -163,8 +163,8 @@ class Encoders:
         missing, left = model.base_model.load_state_dict(source.base_model.state_dict(), strict=False)
         if odd := [*left, *(name for name in missing if not name.startswith("pooler."))]:
             raise InputError(
-                f"expected a classifier with the layers of {type(source).__name__}, got one with others, first {odd[0]}; give a "
-                "model in a BERT layout (--teacher.path, --student.path)"
+                f"expected a classifier with the layers of {type(source).__name__}, got one with others, first {odd[0]}; give "
+                "a model in a BERT layout (--teacher.path, --student.path)"
             )
         return TextClassifier(model.to(self.pair.device)).student(FULL)
 
@@ -191,7 +191,7 @@ class Encoders:
         numbered = [f"LABEL_{i}" for i in range(len(self.classes))]
         if found not in (numbered, list(self.classes)):
             raise InputError(
-                f"expected the {len(self.classes)} classes of the task ({', '.join(self.classes[:3])}, ...) in {self.fine_tuned!r}, "
-                f"got {len(found)} ({', '.join(found[:3])}, ...); fix {TUNED}"
+                f"expected the {len(self.classes)} classes of the task ({', '.join(self.classes[:3])}, ...) in "
+                f"{self.fine_tuned!r}, got {len(found)} ({', '.join(found[:3])}, ...); fix {TUNED}"
             )
         model.config.id2label, model.config.label2id = self._names()

@@ -1,9 +1,8 @@
 """TinyBERT (arXiv 1909.10351): a small encoder takes over what a large one computes layer by layer, then what it answers.
 
-Two stages, both with :class:`TinyBERTLayers`: on general text with the pre-trained teacher, then on a task with the fine-tuned one
-(2a); at last the task's answers, :class:`TinyBERTPrediction` (2b). Every mean is taken text by text, over its real tokens and the
-pairs of them alone (eq. 5 sums over texts), so padding is neither in a sum nor in a denominator, and the number of texts is the
-count.
+Two stages, both with :class:`TinyBERTLayers`: on general text with the pre-trained teacher, then on a task with the fine-tuned
+one (2a); at last the task's answers, :class:`TinyBERTPrediction` (2b). Every mean is taken text by text, over its real tokens and
+the pairs of them alone (eq. 5 sums over texts): padding is in no sum and in no denominator, and the texts are the count.
 """
 
 from __future__ import annotations
@@ -65,11 +64,16 @@ def layer_map(student: int, teacher: int, stated: Sequence[int] | None = None) -
 
     g(m) = m N / M where nothing is stated (section 4.1: 3 m for 4 layers of 12). Raises InputError for maps that don't fit.
     """
+    if student > teacher:
+        raise InputError(
+            f"expected up to the teacher's {teacher} layers in the student, got {student}; fix --student.layers (a map, "
+            "--method.layers, names one of the teacher's for each)"
+        )
     if stated is None:
         if teacher % student:
             raise InputError(
-                f"expected as many teacher layers as a multiple of the student's {student}, got {teacher}; state a map, such as "
-                f"--method.layers {','.join(str(max(1, round(m * teacher / student))) for m in range(1, student + 1))}"
+                f"expected a multiple of the student's {student} layers in the teacher, got {teacher}; state a map, such as "
+                f"--method.layers {','.join(str(round(m * teacher / student)) for m in range(1, student + 1))}"
             )
         return tuple(m * teacher // student for m in range(student + 1))
     if len(stated) != student or list(stated) != sorted(set(stated)) or not 1 <= stated[0] <= stated[-1] <= teacher:
@@ -101,7 +105,7 @@ class Projection(nn.Module):
 
 
 def projection(student: Network, teacher: Network, seed: int) -> Module:
-    """What takes the student's hidden states to the teacher's width: a role that trains with the student, and is not exported."""
+    """What takes the student's hidden states to the teacher's width: a role that trains with the student; not exported."""
     ours, theirs = Shape.of(student).width, Shape.of(teacher).width
     made: nn.Module = seeded(seed, lambda: Projection(ours, theirs))
     return Module(made.to(next(student.module.parameters()).device))
@@ -154,8 +158,8 @@ class TinyBERTLayers(Method):
         self.map = check_shapes(config, Shape.of(student), Shape.of(teacher))
         if config.attention_weight and student.recomputes:
             raise InputError(
-                "expected the attention scores of the forward itself, got activations that are computed again in backward; give "
-                "--train.gradient_checkpointing false, or --method.attention_weight 0"
+                "expected the attention scores of the forward itself, got activations that are computed again in backward; "
+                "give --train.gradient_checkpointing false, or --method.attention_weight 0"
             )
         self.note = smaller_teacher(student, teacher)
 
@@ -189,8 +193,8 @@ def check_shapes(config: TinyBERTConfig, student: Shape, teacher: Shape) -> tupl
     """The layer map; InputError for shapes that the config can't align. To be asked before anything is trained."""
     if config.attention_weight and student.heads != teacher.heads:
         raise InputError(
-            f"expected as many attention heads in the student as in the teacher, to align head with head, got {student.heads} and "
-            f"{teacher.heads}; give --student.heads {teacher.heads}, or --method.attention_weight 0 for hidden states alone"
+            f"expected as many attention heads in the student as in the teacher, to align head with head, got {student.heads} "
+            f"and {teacher.heads}; give --student.heads {teacher.heads}, or --method.attention_weight 0 for hidden states alone"
         )
     return layer_map(student.layers, teacher.layers, config.stated())
 
