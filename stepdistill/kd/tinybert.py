@@ -1,8 +1,8 @@
 """TinyBERT (arXiv 1909.10351): a small encoder takes over what a large one computes layer by layer, then what it answers.
 
 Two stages, both with :class:`TinyBERTLayers`: on general text with the pre-trained teacher, then on a task with the fine-tuned
-one (2a); at last the task's answers, :class:`TinyBERTPrediction` (2b). Every mean is taken text by text, over its real tokens and
-the pairs of them alone (eq. 5 sums over texts): padding is in no sum and in no denominator, and the texts are the count.
+one (2a); at last the task's answers, :class:`TinyBERTPrediction` (2b). Every mean is taken text by text, over its real tokens
+and the pairs of them alone (eq. 5 sums over texts): padding is in no sum and in no denominator, and texts are the count.
 """
 
 from __future__ import annotations
