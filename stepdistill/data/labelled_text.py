@@ -104,8 +104,8 @@ def open_task(config: TaskConfig) -> Task:
         raise InputError(
             f"expected to measure on the classes trained on, got {odd[:3]} besides {classes[:3]}; fix --task.test_split"
         )
-    parts = (Labelled([(text, name) for _, text, name in part], tuple(classes)) for part in (kept, test))
-    return Task(*parts, dropped=len(train) - len(kept))
+    found = [Labelled([(text, name) for _, text, name in part], tuple(classes)) for part in (kept, test)]
+    return Task(found[0], found[1], dropped=len(train) - len(kept))
 
 
 def _letters(text: str) -> str:

@@ -130,7 +130,8 @@ def compare(folder: Path, module: Any, probe: Mapping[str, Tensor], task: str) -
         raise ExportError(
             f"Transformers opens {folder} with {len(wrong)} weights missing or left over, first {wrong[0]}"
         )
-    device = next(module.parameters()).device
+    # weights mapped from a file lie at any address, and matrix products of unaligned ones may round in another way
+    opened, device = copy.deepcopy(opened), next(module.parameters()).device
     given = {name: value.to(device) for name, value in probe.items()}
     with torch.autocast(device.type, enabled=False):
         found, wanted = (m.eval()(**given).logits.double() for m in (opened.to(device), module))

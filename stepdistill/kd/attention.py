@@ -7,7 +7,7 @@ and keys instead: ours computes Q K^T * scaling from them and then does what `sd
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -115,7 +115,8 @@ def inside(network: Network, input_ids: Tensor, attention_mask: Tensor, with_sco
     module: Any = network.module
     # what trains goes through net, so that DDP knows of it; a frozen teacher needs no head, which may have a vocabulary to fill
     forward = network.net if network.trainable() else module.base_model
-    with attention_scores(module) if with_scores else nullcontext([]) as kept, network.active():
+    taking: AbstractContextManager[list[Tensor]] = attention_scores(module) if with_scores else nullcontext([])
+    with taking as kept, network.active():
         hidden = forward(
             input_ids=input_ids, attention_mask=attention_mask.long(), output_hidden_states=True
         ).hidden_states

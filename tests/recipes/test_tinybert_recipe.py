@@ -1,4 +1,4 @@
-"""TinyBERT's recipe as users run it: a classifier that stock Transformers opens, killed in a stage, from checkpoints, refused."""
+"""TinyBERT's recipe: a classifier that stock Transformers opens; killed and resumed, from checkpoints, and refused."""
 
 from __future__ import annotations
 
