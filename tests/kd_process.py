@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import encoders
 import torch
 from language import END, FULL, llama, student, teacher, uneven
 from toys import options
@@ -15,11 +16,12 @@ from stepdistill.kd.divergences import Divergence
 from stepdistill.kd.gkd import GKD, GKDConfig
 from stepdistill.kd.language_model import LanguageModelKD, LanguageModelKDConfig, NextToken
 from stepdistill.kd.networks import CausalLM
+from stepdistill.kd.tinybert import TinyBERTConfig, TinyBERTLayers, TinyBERTPrediction, projection
 from stepdistill.method import Method
 from stepdistill.training.trainer import Trainer
 
 
-def fit(folder: Path, method: Method, **changes: Any) -> None:
+def fit(folder: Path, method: Method, data: Any = None, **changes: Any) -> None:
     """Four steps; rows of other lengths, so that processes have other numbers of tokens."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     train = {
@@ -29,7 +31,17 @@ def fit(folder: Path, method: Method, **changes: Any) -> None:
         "learning_rate": 3e-3,
         "seed": 3,
     }
-    Trainer(options(**{**train, **changes}), folder).fit(method, uneven(prompt=4))
+    Trainer(options(**{**train, **changes}), folder).fit(method, uneven(prompt=4) if data is None else data)
+
+
+def tinybert(folder: Path) -> None:
+    """A stage of layers, in which the head waits and a projection trains too, then the answers."""
+    pupil, wise, config = encoders.student(), encoders.teacher(), TinyBERTConfig()
+    for name, method in (
+        ("layers", lambda: TinyBERTLayers(config, pupil, wise, projection(pupil, wise, 5))),
+        ("answers", lambda: TinyBERTPrediction(config, pupil, wise)),
+    ):
+        fit(folder / name, method(), encoders.texts())
 
 
 def untied() -> CausalLM:
@@ -44,6 +56,7 @@ def everything(folder: Path) -> None:
     fit(folder / "plain", NextToken(student()))
     fit(folder / "gkd", GKD(GKDConfig(0.5, max_new_tokens=5), student(), teacher(), uneven(prompt=4), END))
     fit(folder / "fsdp", LanguageModelKD(kd, untied(), teacher()), parallel="fsdp")
+    tinybert(folder)
 
 
 if __name__ == "__main__":
