@@ -9,9 +9,11 @@ from typing import Any
 
 import encoders
 import torch
+from cloze import framed, sage
 from language import END, FULL, llama, student, teacher, uneven
 from toys import options
 
+from stepdistill.kd.distilbert import DistilBERT, DistilBERTConfig, ShallowConfig
 from stepdistill.kd.divergences import Divergence
 from stepdistill.kd.gkd import GKD, GKDConfig
 from stepdistill.kd.language_model import LanguageModelKD, LanguageModelKDConfig, NextToken
@@ -31,7 +33,7 @@ def fit(folder: Path, method: Method, data: Any = None, **changes: Any) -> None:
         "learning_rate": 3e-3,
         "seed": 3,
     }
-    Trainer(options(**{**train, **changes}), folder).fit(method, uneven(prompt=4) if data is None else data)
+    Trainer(options(**{**train, **changes}), folder).fit(method, data or uneven(prompt=4))
 
 
 def tinybert(folder: Path) -> None:
@@ -55,6 +57,9 @@ def everything(folder: Path) -> None:
     fit(folder / "kd", LanguageModelKD(kd, student(), teacher()), ema_decay=0.9)
     fit(folder / "plain", NextToken(student()))
     fit(folder / "gkd", GKD(GKDConfig(0.5, max_new_tokens=5), student(), teacher(), uneven(prompt=4), END))
+    masked, deep = framed(), sage(layers=4)
+    triple = DistilBERT(DistilBERTConfig(), ShallowConfig().student(deep), deep, masked.share)
+    fit(folder / "distilbert", triple, masked)
     fit(folder / "fsdp", LanguageModelKD(kd, untied(), teacher()), parallel="fsdp")
     tinybert(folder)
 
