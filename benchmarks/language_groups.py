@@ -17,7 +17,7 @@ def train_teacher(folder: Path, parsed: Parsed[Any]) -> None:
     from stepdistill.data.text import open_texts
     from stepdistill.data.tokens import rows_of
     from stepdistill.kd.language_model import NextToken
-    from stepdistill.kd.pair import LMStudentConfig, Pair
+    from stepdistill.kd.pair import CAUSAL, LMStudentConfig, Pair
     from stepdistill.training.trainer import Trainer
 
     config = parsed.recipe
@@ -25,7 +25,9 @@ def train_teacher(folder: Path, parsed: Parsed[Any]) -> None:
     steps = layout.steps(before_distillation(config) or config.train.max_train_steps)
     texts, window = open_texts(config.data), config.data.block_size
     trainer = Trainer(config.train, folder, parsed.yaml)
-    pair = Pair(layout, LMStudentConfig(), texts.train, config.vocabulary, window, config.train.seed, trainer.device)
+    pair = Pair(
+        CAUSAL, layout, LMStudentConfig(), texts.train, config.vocabulary, window, config.train.seed, trainer.device
+    )
     teacher = pair.teacher(trains=True)
     trainer.fit(NextToken(teacher), rows_of(texts.train, pair.tokenizer, window), steps=steps)
     trainer.close()
@@ -45,14 +47,22 @@ def train_control(folder: Path, parsed: Parsed[Any]) -> None:
     from stepdistill.kd.evaluation import Examination, own_text_divergence
     from stepdistill.kd.language_model import NextToken
     from stepdistill.kd.networks import sizes
-    from stepdistill.kd.pair import Pair
+    from stepdistill.kd.pair import CAUSAL, Pair
     from stepdistill.training.trainer import Trainer
 
     r = parsed.recipe
     trainer = Trainer(r.train, folder, parsed.yaml)
     texts, window = open_texts(r.data), r.data.block_size
     pair = Pair(
-        r.teacher, r.student, texts.train, r.vocabulary, window, r.train.seed, trainer.device, trainer.weight_dtype
+        CAUSAL,
+        r.teacher,
+        r.student,
+        texts.train,
+        r.vocabulary,
+        window,
+        r.train.seed,
+        trainer.device,
+        trainer.weight_dtype,
     )
     data = rows_of(texts.train, pair.tokenizer, window)
     exam = Examination.of(texts.held_out, pair.tokenizer, window, r.eval)

@@ -39,7 +39,7 @@ def main(parsed: Parsed[Recipe]) -> None:
     from stepdistill.export.transformer import weights_hash
     from stepdistill.kd.evaluation import Examination
     from stepdistill.kd.language_model import LanguageModelKD, NextToken
-    from stepdistill.kd.pair import Pair
+    from stepdistill.kd.pair import CAUSAL, Pair
     from stepdistill.training.trainer import Trainer
 
     r = parsed.recipe
@@ -47,7 +47,7 @@ def main(parsed: Parsed[Recipe]) -> None:
     check_hub(r.export, r.output_dir)
     texts = open_texts(r.data)
     window, place = r.data.block_size, (trainer.device, trainer.weight_dtype)
-    pair = Pair(r.teacher, r.student, texts.train, r.vocabulary, window, r.train.seed, *place)
+    pair = Pair(CAUSAL, r.teacher, r.student, texts.train, r.vocabulary, window, r.train.seed, *place)
     data = rows_of(texts.train, pair.tokenizer, window)
     exam = Examination.of(texts.held_out, pair.tokenizer, window, r.eval, r.train.validation_prompts)
     students = {"student": pair.student(r.train.gradient_checkpointing)}

@@ -38,14 +38,14 @@ def main(parsed: Parsed[Recipe]) -> None:
     from stepdistill.kd.evaluation import Examination, own_text_divergence
     from stepdistill.kd.language_model import NextToken
     from stepdistill.kd.minillm import MiniLLM
-    from stepdistill.kd.pair import Pair
+    from stepdistill.kd.pair import CAUSAL, Pair
     from stepdistill.training.trainer import Trainer
 
     r = parsed.recipe
     trainer = Trainer(r.train, r.output_dir, parsed.yaml)
     texts = open_texts(r.data)
     window, place = r.data.block_size, (trainer.device, trainer.weight_dtype)
-    pair = Pair(r.teacher, r.student, texts.train, r.vocabulary, window, r.train.seed, *place)
+    pair = Pair(CAUSAL, r.teacher, r.student, texts.train, r.vocabulary, window, r.train.seed, *place)
     prompted, judged = (rows_of(t, pair.tokenizer, window, r.data.prompt) for t in (texts.train, texts.held_out))
     exam = Examination.of(texts.held_out, pair.tokenizer, window, r.eval, r.train.validation_prompts)
     student, end = pair.student(r.train.gradient_checkpointing), pair.tokenizer.eos_token_id

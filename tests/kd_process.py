@@ -7,21 +7,25 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import encoders
 import torch
+from cloze import framed, sage
 from language import END, FULL, llama, student, teacher, uneven
 from toys import options
 
 from stepdistill.kd.distillm import DistiLLM, DistiLLMConfig
+from stepdistill.kd.distilbert import DistilBERT, DistilBERTConfig, ShallowConfig
 from stepdistill.kd.divergences import Divergence
 from stepdistill.kd.gkd import GKD, GKDConfig
 from stepdistill.kd.language_model import LanguageModelKD, LanguageModelKDConfig, NextToken
 from stepdistill.kd.minillm import MiniLLM, MiniLLMConfig
 from stepdistill.kd.networks import CausalLM
+from stepdistill.kd.tinybert import TinyBERTConfig, TinyBERTLayers, TinyBERTPrediction, projection
 from stepdistill.method import Method
 from stepdistill.training.trainer import Trainer
 
 
-def fit(folder: Path, method: Method, **changes: Any) -> None:
+def fit(folder: Path, method: Method, data: Any = None, **changes: Any) -> None:
     """Four steps; rows of other lengths, so that processes have other numbers of tokens."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     train = {
@@ -31,7 +35,17 @@ def fit(folder: Path, method: Method, **changes: Any) -> None:
         "learning_rate": 3e-3,
         "seed": 3,
     }
-    Trainer(options(**{**train, **changes}), folder).fit(method, uneven(prompt=4))
+    Trainer(options(**{**train, **changes}), folder).fit(method, data or uneven(prompt=4))
+
+
+def tinybert(folder: Path) -> None:
+    """A stage of layers, in which the head waits and a projection trains too, then the answers."""
+    pupil, wise, config = encoders.student(), encoders.teacher(), TinyBERTConfig()
+    for name, method in (
+        ("layers", lambda: TinyBERTLayers(config, pupil, wise, projection(pupil, wise, 5))),
+        ("answers", lambda: TinyBERTPrediction(config, pupil, wise)),
+    ):
+        fit(folder / name, method(), encoders.texts())
 
 
 def untied() -> CausalLM:
@@ -59,7 +73,11 @@ def everything(folder: Path) -> None:
     fit(folder / "gkd", GKD(GKDConfig(0.5, max_new_tokens=5), student(), teacher(), uneven(prompt=4), END))
     fit(folder / "minillm", minillm())
     fit(folder / "distillm", distillm(), max_train_steps=8, seed=5)
+    masked, deep = framed(), sage(layers=4)
+    triple = DistilBERT(DistilBERTConfig(), ShallowConfig().student(deep), deep, masked.share)
+    fit(folder / "distilbert", triple, masked)
     fit(folder / "fsdp", LanguageModelKD(kd, untied(), teacher()), parallel="fsdp")
+    tinybert(folder)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import doctest
 import inspect
 import sysconfig
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 LEFT_OUT = frozenset(
@@ -28,7 +29,15 @@ def docstrings(root: str | Path | None = None) -> list[tuple[str, str]]:
     Args:
         root: a folder of Python sources; the standard library's by default.
     """
-    folder = Path(sysconfig.get_path("stdlib") if root is None else root)
+    return list(_standard() if root is None else _found(Path(root)))
+
+
+@cache  # seconds of parsing, which a recipe with two data sets would pay twice
+def _standard() -> list[tuple[str, str]]:
+    return _found(Path(sysconfig.get_path("stdlib")))
+
+
+def _found(folder: Path) -> list[tuple[str, str]]:
     found: dict[str, str] = {}  # text -> the first module that has it
     for file in sorted(folder.rglob("*.py"), key=lambda path: path.relative_to(folder).parts):
         parts = file.relative_to(folder).with_suffix("").parts

@@ -117,9 +117,9 @@ def padded(rows: Sequence[Sequence[Any]], fill: int | bool, left: bool = False) 
     return out
 
 
-def stream(examples: Sequence[Example], tokenizer: Any) -> Tensor:
-    """[N] int64: documents one after the other, each with the end-of-text token after it."""
-    end = end_of_text(tokenizer)
+def stream(examples: Sequence[Example], tokenizer: Any, end: int | None = None) -> Tensor:
+    """[N] int64: documents one after the other, each with `end` after it, the end-of-text token by default."""
+    end = end_of_text(tokenizer) if end is None else end
     texts = [example.text for example in examples]
     ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
     return torch.tensor([i for document in ids for i in (*document, end)], dtype=torch.int64)

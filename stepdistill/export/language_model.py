@@ -41,7 +41,7 @@ def writer(exam: Examination, student: CausalLM, folder: str | Path) -> Callable
 def finish(
     folder: str | Path,
     method: str,
-    pair: Pair,
+    pair: Pair[CausalLM],
     exam: Examination,
     models: Mapping[str, CausalLM],
     before: Mapping[str, float] | None = None,
@@ -68,12 +68,12 @@ def finish(
     sections = {"Results": table}
     if exam.prompts:
         sections["What they write"] = side_by_side(exam.prompts, written)
-    teacher, student = pair.configs
+    teacher, base = pair.teacher_config, (pair.student_config or pair.teacher_config).path
     details = [
         f"the teacher has {sizes(models)['teacher']:,} parameters",
         f"tokenizer: {len(pair.tokenizer):,} tokens",
     ]
-    report = Report("text-generation", method, TITLES[method], student.path, teacher.path, results, details, sections)
+    report = Report("text-generation", method, TITLES[method], base, teacher.path, results, details, sections)
     export = export or NetworkExportConfig()
     export_network(folder, models["student"], pair.tokenizer, probe(pair.tokenizer), report, export.dtype)
     address = push(folder, export)

@@ -22,7 +22,7 @@ from ..kd.classifiers import ClassifierConfig, open_classifier
 from ..kd.gkd import GKD, GKDConfig
 from ..kd.hinton import HintonConfig
 from ..kd.language_model import LanguageModelKDConfig
-from ..kd.pair import DEMO, LMStudentConfig, LMTeacherConfig, Pair
+from ..kd.pair import CAUSAL, DEMO, LMStudentConfig, LMTeacherConfig, Pair
 from ..networks.network import Network
 from ..training.checkpoint import Checkpoint, CheckpointStore
 from . import classifier, language_model
@@ -179,7 +179,8 @@ def _language_model(run: Path, sections: dict[str, Any], changes: Changes, found
     data, tokenizer = section(TextConfig, sections, "data"), _tokenizer_in(run)
     made = tokenizer is None and teacher.path == student.path == DEMO
     texts = open_texts(data).train if made else []
-    pair = Pair(teacher, student, texts, sections.get("vocabulary", 0), data.block_size, 0, CPU, tokenizer=tokenizer)
+    vocabulary = sections.get("vocabulary", 0)
+    pair = Pair(CAUSAL, teacher, student, texts, vocabulary, data.block_size, 0, CPU, tokenizer=tokenizer)
     if made:  # which is a function of the texts: are they those of the training?
         prompt = data.prompt if found.state["run"]["method"] == GKD.__name__ else 0
         rows, wanted = (

@@ -1,4 +1,4 @@
-"""Models made anew: a GPT-2 layout with a tokenizer trained on the texts, a ResNet layout. Weights come from a seed."""
+"""Models made anew: GPT-2 and BERT layouts with a tokenizer trained on the texts, a ResNet layout. Weights come from a seed."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from ..data.text import Example
 from ..errors import InputError
 
 END = "<|endoftext|>"
+PAD, UNKNOWN, BEGIN, SEPARATOR, MASK = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"  # as in BERT
 
 
 def seeded(seed: int, build: Callable[[], Any]) -> Any:
@@ -25,19 +26,52 @@ def train_tokenizer(examples: Sequence[Example], size: int, window: int) -> Any:
 
     Its padding is its end-of-text token, as in GPT-2.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    if size < 257:
-        raise InputError(f"expected 257 tokens or more (each byte and the end of a text), got {size}; fix --vocabulary")
+    inner = _byte_pairs(examples, size, [END])
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=END, pad_token=END, model_max_length=window)
+
+
+def train_masked_tokenizer(examples: Sequence[Example], size: int, window: int) -> Any:
+    """The same with BERT's special tokens; a text that it reads gets [CLS] before and [SEP] after it.
+
+    Byte-level like RoBERTa's, not WordPiece: no word is unknown.
+    """
+    from tokenizers import AddedToken
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    mask = AddedToken(
+        MASK, lstrip=True, special=True
+    )  # a word's token has the blank before it, and so the mask takes it
+    special = [PAD, UNKNOWN, BEGIN, SEPARATOR, mask]
+    inner = _byte_pairs(examples, size, special)
+    inner.post_processor = TemplateProcessing(
+        single=f"{BEGIN} $A {SEPARATOR}", pair=f"{BEGIN} $A {SEPARATOR} $B:1 {SEPARATOR}:1",
+        special_tokens=[(name, special.index(name)) for name in (BEGIN, SEPARATOR)],
+    )  # fmt: skip
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token=PAD, unk_token=UNKNOWN, cls_token=BEGIN, sep_token=SEPARATOR, mask_token=mask,
+        model_max_length=window,
+    )  # fmt: skip
+
+
+def _byte_pairs(examples: Sequence[Example], size: int, special: Sequence[Any]) -> Any:
+    """A byte-level BPE of `size` tokens, the special ones first."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    if size < 256 + len(special):
+        raise InputError(
+            f"expected {256 + len(special)} tokens or more (each byte and the special ones), got {size}; fix --vocabulary"
+        )
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=size, special_tokens=[END], initial_alphabet=sorted(alphabet), show_progress=False
+        vocab_size=size, special_tokens=list(special), initial_alphabet=sorted(alphabet), show_progress=False
     )
     inner.train_from_iterator((text for example in examples for text in _texts(example)), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=END, pad_token=END, model_max_length=window)
+    return inner
 
 
 def _texts(example: Example) -> list[str]:
@@ -51,14 +85,32 @@ def gpt2_layout(layers: int, width: int, tokenizer: Any, window: int, seed: int)
     from transformers import GPT2Config, GPT2LMHeadModel
 
     end = tokenizer.eos_token_id
-    heads = max(1, width // 32)
-    if width % heads:
-        raise InputError(f"expected a width that {heads} heads divide, got {width}; a multiple of 32 always is")
+    heads = _heads(width)
     config = GPT2Config(
         vocab_size=len(tokenizer), n_positions=window, n_embd=width, n_layer=layers, n_head=heads, bos_token_id=end,
         eos_token_id=end, pad_token_id=end, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
     )  # fmt: skip
     return seeded(seed, lambda: GPT2LMHeadModel(config))
+
+
+def bert_layout(layers: int, width: int, tokenizer: Any, window: int, seed: int, heads: int | None = None) -> Any:
+    """BertForMaskedLM (arXiv 1810.04805) with random weights, without dropout; a head for each 32 entries by default."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads or _heads(width),
+        intermediate_size=4 * width, max_position_embeddings=window, pad_token_id=tokenizer.pad_token_id,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    return seeded(seed, lambda: BertForMaskedLM(config))
+
+
+def _heads(width: int) -> int:
+    """One for each 32 entries."""
+    heads = max(1, width // 32)
+    if width % heads:
+        raise InputError(f"expected a width that {heads} heads divide, got {width}; a multiple of 32 always is")
+    return heads
 
 
 def resnet_layout(depths: Sequence[int], widths: Sequence[int], classes: Sequence[str], seed: int) -> Any:

@@ -6,6 +6,7 @@ import copy
 import inspect
 import math
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Self
@@ -69,6 +70,14 @@ class TransformersNetwork(Network):
                 warnings.simplefilter("ignore", FutureWarning)
                 module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
+    @property
+    def recomputes(self) -> bool:
+        """Whether activations are computed again in backward."""
+        module: Any = self.module
+        with warnings.catch_warnings():  # as above
+            warnings.simplefilter("ignore", FutureWarning)
+            return bool(module.is_gradient_checkpointing)
+
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Within it the module is in eval mode and nothing has a graph; afterwards its mode is as it was, module by module."""
@@ -82,23 +91,33 @@ class TransformersNetwork(Network):
                 part.training = training
 
 
-class CausalLM(TransformersNetwork):
-    """A causal language model of Transformers.
-
-    Positions count real tokens, so that padding on the left (or right) changes nothing; the same for student and teacher.
-
-    Args:
-        net: such as GPT2LMHeadModel.
+class LanguageModel(TransformersNetwork, ABC):
+    """What causal and masked language models share: a body, and an output layer over a vocabulary.
 
     Attributes:
         explained: whether logits are :attr:`head` of :meth:`hidden`, found out by one forward.
     """
 
+    explained: bool
+
     def __init__(self, net: nn.Module) -> None:
         super().__init__(net)
+        module: Any = net
         self._takes = frozenset(inspect.signature(net.forward).parameters)
-        self._body = next((name for name, part in net.named_modules() if name and part is self._base()), "")
-        self.explained = bool(self._body) and "logits_to_keep" in self._takes and self._head_explains_logits()
+        self.body = next((name for name, part in net.named_modules() if name and part is module.base_model), "")
+
+    @abstractmethod
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Logits [B, S, V] of tokens [B, S]; those at padding mean nothing."""
+
+    @abstractmethod
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """What the head reads, [B, S, H]. Where :attr:`is_factored`."""
+
+    @property
+    @abstractmethod
+    def window(self) -> int | None:
+        """The most tokens that positions are there for; None where the config names no such number."""
 
     @property
     def is_factored(self) -> bool:
@@ -108,12 +127,7 @@ class CausalLM(TransformersNetwork):
     @property
     def is_shared_out(self) -> bool:
         """Whether each process has some rows of the weights alone."""
-        return isinstance(self._output_layer().weight, DTensor)
-
-    def _base(self) -> nn.Module:
-        module: Any = self.module
-        base: nn.Module = module.base_model
-        return base
+        return isinstance(self.output_layer.weight, DTensor)
 
     @property
     def config(self) -> Any:
@@ -124,53 +138,24 @@ class CausalLM(TransformersNetwork):
     @property
     def vocabulary(self) -> int:
         """Entries of the logits; a table may be padded beyond the tokenizer's."""
-        return int(self._output_layer().weight.shape[0])
+        return int(self.output_layer.weight.shape[0])
 
     @property
-    def window(self) -> int | None:
-        """The most tokens that positions are there for; None where the config names no such number."""
-        found = self.config.to_dict().get("max_position_embeddings") or self.config.to_dict().get("n_positions")
-        return None if found is None else int(found)
-
-    def _output_layer(self) -> Any:
+    def output_layer(self) -> Any:
+        """The module whose outputs are the logits."""
         module: Any = self.module
         return module.get_output_embeddings()
 
     @property
     def head(self) -> Head:
         """The output layer with its live weights, the input embeddings' own where they are tied, and the config's soft-cap."""
-        layer = self._output_layer()
+        layer = self.output_layer
         return Head(layer.weight, layer.bias, self.config.to_dict().get(SOFT_CAP))
 
-    @property
-    def _scale(self) -> float:
-        """Of the logits, by the config; on the hidden states here."""
-        known = self.config.to_dict()
-        factors = [known.get(name) or 1.0 for name in LOGIT_SCALES]
-        return float(math.prod(factors) / math.prod(known.get(name) or 1.0 for name in LOGIT_DIVISORS))
-
     def tapped(self, name: str, output: Any) -> Any:
-        return output[0]  # the last hidden state, of a ModelOutput as of a tuple
-
-    def _arguments(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
-        given = {"input_ids": input_ids, "attention_mask": attention_mask.long(), "use_cache": False}
-        if "position_ids" in self._takes:
-            given["position_ids"] = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
-        return given
-
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Logits [B, S, V] of tokens [B, S]; those at padding mean nothing."""
-        with self.active():
-            logits: Tensor = self.net(**self._arguments(input_ids, attention_mask)).logits
-        return logits
-
-    def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """What the head reads, [B, S, H], after the last norm, times the logits' scale. Where :attr:`is_factored`."""
-        with self.active(), self.taps((self._body,)) as kept:
-            # through net, so that DDP knows of it, and with the logits of one place, which cost next to nothing
-            self.net(**self._arguments(input_ids, attention_mask), logits_to_keep=1)
-        hidden: Tensor = kept[self._body]
-        return hidden if self._scale == 1.0 else hidden * self._scale
+        return (
+            output if isinstance(output, Tensor) else output[0]
+        )  # the last hidden state, of a ModelOutput as of a tuple
 
     def next_logits(self, input_ids: Tensor, attention_mask: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
         """(logits [B, V] of the token after the last, the cache to go on with), to write in step with another model.
@@ -190,7 +175,7 @@ class CausalLM(TransformersNetwork):
         return found.logits[:, -1], found.past_key_values
 
     def _head_explains_logits(self) -> bool:
-        layer = self._output_layer()
+        layer = self.output_layer
         if not isinstance(layer, nn.Linear):
             return False
         ids = torch.arange(4, device=layer.weight.device)[None] % self.vocabulary
@@ -205,13 +190,58 @@ class CausalLM(TransformersNetwork):
     def lora_targets(self) -> tuple[str, ...]:
         from transformers.pytorch_utils import Conv1D
 
-        head = self._output_layer()
+        head = self.output_layer
         linear = [
             name
             for name, part in self.module.named_modules()
             if isinstance(part, (nn.Linear, Conv1D)) and part is not head
         ]
         return tuple(sorted(linear))
+
+
+class CausalLM(LanguageModel):
+    """A causal language model of Transformers.
+
+    Positions count real tokens, so that padding on the left (or right) changes nothing; the same for student and teacher.
+
+    Args:
+        net: such as GPT2LMHeadModel.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__(net)
+        self.explained = bool(self.body) and "logits_to_keep" in self._takes and self._head_explains_logits()
+
+    @property
+    def window(self) -> int | None:
+        found = self.config.to_dict().get("max_position_embeddings") or self.config.to_dict().get("n_positions")
+        return None if found is None else int(found)
+
+    @property
+    def _scale(self) -> float:
+        """Of the logits, by the config; on the hidden states here."""
+        known = self.config.to_dict()
+        factors = [known.get(name) or 1.0 for name in LOGIT_SCALES]
+        return float(math.prod(factors) / math.prod(known.get(name) or 1.0 for name in LOGIT_DIVISORS))
+
+    def _arguments(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
+        given = {"input_ids": input_ids, "attention_mask": attention_mask.long(), "use_cache": False}
+        if "position_ids" in self._takes:
+            given["position_ids"] = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+        return given
+
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        with self.active():
+            logits: Tensor = self.net(**self._arguments(input_ids, attention_mask)).logits
+        return logits
+
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """What the head reads, [B, S, H], after the last norm, times the logits' scale. Where :attr:`is_factored`."""
+        with self.active(), self.taps((self.body,)) as kept:
+            # through net, so that DDP knows of it, and with the logits of one place, which cost next to nothing
+            self.net(**self._arguments(input_ids, attention_mask), logits_to_keep=1)
+        hidden: Tensor = kept[self.body]
+        return hidden if self._scale == 1.0 else hidden * self._scale
 
 
 class Classifier(TransformersNetwork):

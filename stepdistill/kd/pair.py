@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 
 from ..data.text import Example
 from ..errors import InputError
 from ..networks.lora import StudentConfig
-from .networks import CausalLM, check_same_tokens
+from .layouts import bert_layout, gpt2_layout, train_masked_tokenizer, train_tokenizer
+from .masked import MaskedLM
+from .networks import CausalLM, LanguageModel, check_same_tokens
 
 DEMO = "demo"
+M = TypeVar("M", bound=LanguageModel)
 
 
 @dataclass
@@ -21,7 +24,7 @@ class LMTeacherConfig:
     """Whom to learn from.
 
     Attributes:
-        path: a folder or hub id of a causal language model, or "demo" for a small GPT-2 layout that is trained first.
+        path: a folder or hub id of a language model, or "demo" for a small layout (of GPT-2 or BERT) that is trained first.
         revision: branch, tag or commit on the hub.
         fit_steps: optimizer steps on the same text before it teaches; by default none for checkpoints, twice the
             student's for a demo.
@@ -52,7 +55,7 @@ class LMStudentConfig:
     """What trains.
 
     Attributes:
-        path: a folder or hub id of a causal language model, or "demo" for a small GPT-2 layout with random weights.
+        path: a folder or hub id of a language model, or "demo" for a small layout (of GPT-2 or BERT) with random weights.
         revision: branch, tag or commit on the hub.
         kind: "full", all its weights, or "lora", an adapter on them, which is merged into them at the end.
         rank: the adapter's inner dimension.
@@ -90,11 +93,33 @@ def _check_layout(whose: str, layers: int, width: int) -> None:
             raise InputError(f"expected {name} >= 1, got {value}; fix --{whose}.{name}")
 
 
-class Pair:
+@dataclass(frozen=True)
+class Kind(Generic[M]):
+    """A kind of language models.
+
+    Attributes:
+        auto: the class of Transformers that opens one.
+        network: what it becomes here.
+        layout: (layers, width, tokenizer, window, seed) -> a model with random weights.
+        tokenizer: (texts, size, window) -> a tokenizer for such a layout.
+    """
+
+    auto: str
+    network: Callable[[Any], M]
+    layout: Callable[[int, int, Any, int, int], Any]
+    tokenizer: Callable[[Sequence[Example], int, int], Any]
+
+
+CAUSAL: Kind[CausalLM] = Kind("AutoModelForCausalLM", CausalLM, gpt2_layout, train_tokenizer)
+MASKED: Kind[MaskedLM] = Kind("AutoModelForMaskedLM", MaskedLM, bert_layout, train_masked_tokenizer)
+
+
+class Pair(Generic[M]):
     """Teacher and student over one tokenizer.
 
     Args:
-        teacher, student: which.
+        kind: CAUSAL or MASKED.
+        teacher, student: which; a student that is made of its teacher is None.
         examples: texts that a tokenizer is trained on, where neither of the two brings one.
         vocabulary: of that tokenizer.
         window: positions of networks that are laid out anew.
@@ -110,58 +135,57 @@ class Pair:
     """
 
     def __init__(
-        self, teacher: LMTeacherConfig, student: LMStudentConfig, examples: Sequence[Example], vocabulary: int, window: int,
-        seed: int, device: torch.device, dtype: torch.dtype = torch.float32, tokenizer: Any = None,
+        self, kind: Kind[M], teacher: LMTeacherConfig, student: LMStudentConfig | None, examples: Sequence[Example],
+        vocabulary: int, window: int, seed: int, device: torch.device, dtype: torch.dtype = torch.float32,
+        tokenizer: Any = None,
     ) -> None:  # fmt: skip
-        self.configs, self.window, self.seed, self.device, self.dtype = (teacher, student), window, seed, device, dtype
+        self.kind, self.teacher_config, self.student_config = kind, teacher, student
+        self.window, self.seed, self.device, self.dtype = window, seed, device, dtype
         self.tokenizer = self._tokenizer(examples, vocabulary) if tokenizer is None else tokenizer
 
     def _tokenizer(self, examples: Sequence[Example], vocabulary: int) -> Any:
         from ..networks.pretrained import load_tokenizer
-        from .layouts import train_tokenizer
 
-        teacher, student = self.configs
+        places = ((self.teacher_config, "--teacher.path"), (self.student_config, "--student.path"))
         found = [
             load_tokenizer(config.path, flag, config.revision)
-            for config, flag in ((teacher, "--teacher.path"), (student, "--student.path"))
-            if config.path != DEMO
+            for config, flag in places
+            if config is not None and config.path != DEMO
         ]
         if len(found) == 2:
             check_same_tokens(found[1], found[0])
-        return found[0] if found else train_tokenizer(examples, vocabulary, self.window)
+        return found[0] if found else self.kind.tokenizer(examples, vocabulary, self.window)
 
-    def teacher(self, trains: bool = False) -> CausalLM:
+    def teacher(self, trains: bool = False) -> M:
         """The teacher, opened: with weights that are to be trained first, in float32, or frozen."""
-        teacher = CausalLM(
-            self._model(self.configs[0], "--teacher.path", self.seed, torch.float32 if trains else self.dtype)
-        )
+        dtype = torch.float32 if trains else self.dtype
+        teacher = self._network(self.teacher_config, "--teacher.path", self.seed, dtype)
         return teacher.student(StudentConfig(kind="full")) if trains else teacher.frozen()
 
-    def student(self, recompute: bool = False) -> CausalLM:
-        """A student, opened: the same weights each time. `recompute`: activations are computed again in backward."""
-        config = self.configs[1]
-        lm = CausalLM(self._model(config, "--student.path", self.seed + 1, torch.float32))
-        student = lm.student(config.trained(), self.seed)
+    def student(self, recompute: bool = False) -> M:
+        """A student, opened: the same weights each time. `recompute`: activations are computed again in backward.
+
+        ValueError for one that is made of its teacher.
+        """
+        config = self.student_config
+        if config is None:
+            raise ValueError("expected a student of its own, got one that is made of its teacher")
+        network = self._network(config, "--student.path", self.seed + 1, torch.float32)
+        student = network.student(config.trained(), self.seed)
         student.checkpoint_activations(recompute)
         return student
 
-    def _model(self, config: LMTeacherConfig | LMStudentConfig, flag: str, seed: int, dtype: torch.dtype) -> Any:
+    def _network(self, config: LMTeacherConfig | LMStudentConfig, flag: str, seed: int, dtype: torch.dtype) -> M:
         from ..networks.pretrained import load_model
-        from .layouts import gpt2_layout
 
         if config.path == DEMO:
-            model = gpt2_layout(config.layers, config.width, self.tokenizer, self.window, seed)
+            model = self.kind.layout(config.layers, config.width, self.tokenizer, self.window, seed)
         else:
-            model = load_model("AutoModelForCausalLM", config.path, flag, config.revision, dtype)
-        lm = model.to(self.device)
-        self._check_window(lm, config.path)
-        return lm
-
-    def _check_window(self, model: Any, path: str) -> None:
-        found = model.config.to_dict()
-        positions = found.get("max_position_embeddings") or found.get("n_positions")
-        if positions is not None and positions < self.window:
+            model = load_model(self.kind.auto, config.path, flag, config.revision, dtype)
+        network = self.kind.network(model.to(self.device))
+        if network.window is not None and network.window < self.window:
             raise InputError(
-                f"expected blocks that fit in the {positions} positions of {path!r}, got {self.window} tokens; lower "
-                "--data.block_size"
+                f"expected blocks that fit in the {network.window} positions of {config.path!r}, got {self.window} tokens; "
+                "lower --data.block_size"
             )
+        return network

@@ -26,7 +26,7 @@ def test_two_processes_compute_what_one_does(tmp_path: Path) -> None:
     command += [str(TESTS / "kd_process.py"), str(tmp_path / "two")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
-    for run in ("kd", "plain", "gkd", "minillm", "distillm", "fsdp"):
+    for run in ("kd", "plain", "gkd", "minillm", "distillm", "distilbert", "fsdp", "layers", "answers"):
         found, wanted = (saved(tmp_path / world / run)[0] for world in ("two", "one"))
         assert_close(found, wanted, rtol=1e-4, atol=1e-5)
         assert_close(rows(tmp_path / "two" / run), rows(tmp_path / "one" / run), rtol=1e-4, atol=1e-5)

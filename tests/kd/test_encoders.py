@@ -1,0 +1,190 @@
+"""Teachers and students of a task: whose weights are whose, what is refused; and texts made of others by a masked model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from encoders import bert
+from torch.testing import assert_close
+from toys import EXACT
+
+from stepdistill.data.labelled_text import Labelled, text_rows
+from stepdistill.data.text import Example
+from stepdistill.errors import InputError
+from stepdistill.kd.attention import Shape
+from stepdistill.kd.augmentation import AugmentConfig, augmented
+from stepdistill.kd.encoders import Encoders, EncoderStudentConfig, StagesConfig
+from stepdistill.kd.pair import LMTeacherConfig
+from stepdistill.networks.network import Network
+
+TEXT = [Example(f"The file number {i} opens and the socket closes it again.") for i in range(40)]
+CLASSES = ("files", "sockets")
+CPU = torch.device("cpu")
+
+
+def made(student: Any = None, tuned: str | None = None, window: int = 24, **teacher: Any) -> Encoders:
+    config = LMTeacherConfig(**{"layers": 2, "width": 32, **teacher})
+    chosen = EncoderStudentConfig(**{"layers": 1, "width": 16, **(student or {})})
+    return Encoders(config, chosen, tuned, TEXT, 300, window, CLASSES, 0, CPU)
+
+
+@pytest.fixture(scope="module")
+def encoders() -> Encoders:
+    return made()
+
+
+@pytest.fixture(scope="module")
+def saved(encoders: Encoders, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pre-trained teacher, a fine-tuned one and a student as checkpoints."""
+    folder = tmp_path_factory.mktemp("saved")
+    teacher = encoders.teacher()
+    parts = {"teacher": teacher, "tuned": encoders.classifier(teacher), "student": encoders.student(2)}
+    for name, network in parts.items():
+        network.module.save_pretrained(folder / name)
+        encoders.tokenizer.save_pretrained(folder / name)
+    return folder
+
+
+def test_a_demo_has_heads_of_the_teachers_number_and_the_same_weights_each_time(encoders: Encoders) -> None:
+    one, again = encoders.student(4), encoders.student(4)
+    assert Shape.of(one) == Shape(1, 4, 16) and Shape.of(encoders.teacher()) == Shape(2, 1, 32)
+    assert_close(dict(one.module.state_dict()), dict(again.module.state_dict()), **EXACT)
+    assert Shape.of(made({"heads": 2}).student(4)).heads == 2
+    with pytest.raises(InputError, match="--student.heads"):
+        encoders.student(3)
+
+
+def test_a_classifier_has_the_layers_of_its_encoder_and_a_life_of_its_own(encoders: Encoders) -> None:
+    teacher = encoders.teacher()
+    tuned = encoders.tuned(teacher)
+    own: Any = tuned.module
+    given: Any = teacher.module
+    assert tuned.classes == {0: "files", 1: "sockets"} and own.training
+    for name, value in given.bert.state_dict().items():
+        assert_close(own.bert.state_dict()[name], value, **EXACT)
+    assert "fill" not in own.config.id2label and given.config.id2label != own.config.id2label
+    with torch.no_grad():
+        own.bert.embeddings.word_embeddings.weight.add_(1.0)
+    assert not torch.equal(own.bert.embeddings.word_embeddings.weight, given.bert.embeddings.word_embeddings.weight)
+    again = encoders.classifier(teacher)
+    assert_close(again.module.state_dict()["classifier.weight"], own.state_dict()["classifier.weight"], **EXACT)
+
+
+def test_general_text_whole_and_with_words_masked(encoders: Encoders) -> None:
+    whole, masked = encoders.general(TEXT, 24)
+    assert [row.ids for row in whole.rows] == [row.ids for row in masked.rows] and len(whole.rows[0].ids) == 24
+
+
+def test_checkpoints(encoders: Encoders, saved: Path) -> None:
+    places = {"path": str(saved / "teacher")}
+    found = made({"path": str(saved / "student")}, str(saved / "tuned"), **places)
+    teacher, student = found.teacher(), found.student(1)
+    assert Shape.of(student) == Shape(1, 2, 16)
+    assert_close(dict(teacher.module.state_dict()), dict(encoders.teacher().module.state_dict()), **EXACT)
+    assert found.tuned(teacher).classes == {0: "files", 1: "sockets"}
+    named = found.tuned(teacher).module.state_dict()["classifier.weight"]
+    assert_close(named, encoders.classifier(encoders.teacher()).module.state_dict()["classifier.weight"], **EXACT)
+
+
+def test_checkpoints_that_do_not_fit(encoders: Encoders, saved: Path, tmp_path: Path) -> None:
+    teacher = {"path": str(saved / "teacher")}
+    with pytest.raises(InputError, match="--task.length"):
+        made({"path": str(saved / "student")}, window=25, layers=2).student(1)
+    tuned = str(saved / "tuned")
+    with pytest.raises(InputError, match="--stages.fine_tuned"):
+        Encoders(LMTeacherConfig(**teacher), EncoderStudentConfig(), tuned, TEXT, 300, 24, ("one", "two"), 0, CPU)
+    bert(0, layers=1, vocab_size=300, classes=CLASSES).save_pretrained(tmp_path)
+    encoders.tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="shape"):
+        made(None, str(tmp_path), **teacher).teacher()
+    other = made(None, None)
+    other.tokenizer.add_tokens(["<more>"])
+    other.tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="one tokenizer"):
+        made({"path": str(tmp_path)}, None, **teacher).student(1)
+
+
+def test_a_checkpoint_without_names_takes_the_tasks(encoders: Encoders, tmp_path: Path) -> None:
+    model = bert(0, layers=2, width=32, heads=1, vocab_size=300, classes=("LABEL_0", "LABEL_1"))
+    model.save_pretrained(tmp_path)
+    encoders.tokenizer.save_pretrained(tmp_path)
+    found = made(None, str(tmp_path))
+    assert found.tuned(found.teacher()).classes == {0: "files", 1: "sockets"}
+
+
+@pytest.mark.parametrize(
+    ("config", "change", "named"),
+    [
+        (EncoderStudentConfig, {"layers": 0}, "--student.layers"), (EncoderStudentConfig, {"heads": 0}, "--student.heads"),
+        (StagesConfig, {"general": -1}, "--stages.general"), (StagesConfig, {"fine_tuning": 0}, "--stages.fine_tuned"),
+        (AugmentConfig, {"copies": -1}, "--augment.copies"), (AugmentConfig, {"share": 0.0}, "--augment.share"),
+        (AugmentConfig, {"candidates": 0}, "--augment.candidates"),
+    ],
+)  # fmt: skip
+def test_options_that_make_no_sense(config: Any, change: dict[str, Any], named: str) -> None:
+    with pytest.raises(InputError, match=named):
+        config(**change)
+
+
+def test_how_long_the_teacher_learns_the_task() -> None:
+    assert StagesConfig().tuning == 300 and StagesConfig(fine_tuned="x").tuning == 0
+    assert StagesConfig(fine_tuned="x", fine_tuning=5).tuning == 5
+
+
+# -- augmentation ----------------------------------------------------------------------------------------------------------
+
+PART = Labelled([("The file opens", "files"), ("and the socket zqxj closes", "sockets")], CLASSES)
+
+
+def more(encoders: Encoders, seed: int = 3, **changes: Any) -> Any:
+    config = AugmentConfig(**{"copies": 4, "share": 0.5, "candidates": 2, **changes})
+    return augmented(config, PART, encoders.teacher().frozen(), encoders.tokenizer, 24, seed)
+
+
+def test_no_copies_are_the_texts_alone(encoders: Encoders) -> None:
+    assert more(encoders, copies=0).rows == text_rows(PART, encoders.tokenizer, 24).rows
+
+
+def test_words_are_replaced_by_what_the_model_guesses_where_they_are_masked(encoders: Encoders) -> None:
+    plain, tokenizer = text_rows(PART, encoders.tokenizer, 24).rows, encoders.tokenizer
+    found = more(encoders)
+    assert found.rows[:2] == plain and len(found) == 2 + 2 * 4
+    teacher: Any = encoders.teacher().module.eval()
+    special, changed = set(tokenizer.all_special_ids), 0
+    for row, original in zip(found.rows[2:], [plain[0]] * 4 + [plain[1]] * 4, strict=True):
+        assert row.label == original.label and len(row.ids) == len(original.ids)
+        for place, (now, before) in enumerate(zip(row.ids, original.ids, strict=True)):
+            if now == before:
+                continue
+            changed += 1
+            masked = torch.tensor([original.ids])
+            masked[0, place] = tokenizer.mask_token_id
+            logits = teacher(masked).logits[0, place]
+            logits[list(special)] = -torch.inf
+            assert now in logits.topk(2).indices.tolist()
+    assert changed > 5
+    pieces = tokenizer(PART.pairs[1][0])
+    word = pieces.word_ids()[pieces.char_to_token(PART.pairs[1][0].index("zqxj"))]
+    cut = [i for i, w in enumerate(pieces.word_ids()) if w == word]
+    assert len(cut) > 1
+    assert all(row.ids[i] == plain[1].ids[i] for row in found.rows[6:] for i in (0, *cut, len(row.ids) - 1))
+
+
+def test_the_share_is_of_whole_words_and_all_is_a_function_of_the_seed(encoders: Encoders) -> None:
+    assert more(encoders).rows == more(encoders).rows != more(encoders, seed=4).rows
+    few, all_of_them = more(encoders, copies=40, share=0.1), more(encoders, copies=40, share=1.0)
+    plain = few.rows[0].ids
+
+    def changed(rows: Any) -> float:
+        return sum(a != b for row in rows.rows[2:42] for a, b in zip(row.ids, plain, strict=True)) / 40
+
+    assert changed(few) < 0.5 < changed(all_of_them)
+
+
+def test_the_guesser_is_as_it_was(encoders: Encoders) -> None:
+    teacher = encoders.teacher()
+    augmented(AugmentConfig(copies=1), PART, teacher, encoders.tokenizer, 24, 0)
+    assert teacher.module.training and isinstance(teacher, Network)
