@@ -38,6 +38,12 @@ def test_one_forward_gives_what_the_stock_model_gives(kind: str) -> None:
     assert len(states) == 4
     assert_close(states, tuple(wanted.hidden_states), **EXACT)
     assert not lm.output_layer._forward_pre_hooks, "nothing is left on the module"
+    places: list[int] = []
+    lm.output_layer.register_forward_hook(lambda _layer, _inputs, output: places.append(output.shape[1]))
+    lm.read(*given, True)
+    lm.hidden_states(*given)
+    lm.read(*given, False)
+    assert places == [1, 1, given[0].shape[1]], "where no logits are wanted, next to none are computed"
 
 
 def test_padding_beyond_the_longest_row_changes_nothing() -> None:
