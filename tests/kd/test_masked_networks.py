@@ -133,6 +133,7 @@ def test_an_examination_reads_so_much_and_shows_guesses(tokenizer: Any) -> None:
     exam = MaskedExamination(TEXTS, tokenizer, 16, config, MaskingConfig())
     assert exam.tokens == 96 and len(exam.looks) == 2 and all("[MASK]" in prompt for prompt in exam.prompts)
     assert exam.prompts[0] == "the file opens a [MASK] reads 0 naïve"
+    assert [look.fixed for look in exam.looks] == [0, 1], "other words are masked each time"
     assert len(exam.guesses(lm)) == 2 and exam.scores({"a": lm})["a"].count > 0
     short = MaskedExamination(TEXTS[:1], tokenizer, 32, config, MaskingConfig(), ["a [MASK] and [MASK]"])
     assert short.tokens < 32 and len(short.guesses(lm)[0].split()) <= 2
