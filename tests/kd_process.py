@@ -13,8 +13,8 @@ from cloze import framed, sage
 from language import END, FULL, llama, student, teacher, uneven
 from toys import options
 
-from stepdistill.kd.distillm import DistiLLM, DistiLLMConfig
 from stepdistill.kd.distilbert import DistilBERT, DistilBERTConfig, ShallowConfig
+from stepdistill.kd.distillm import DistiLLM, DistiLLMConfig
 from stepdistill.kd.divergences import Divergence
 from stepdistill.kd.gkd import GKD, GKDConfig
 from stepdistill.kd.language_model import LanguageModelKD, LanguageModelKDConfig, NextToken

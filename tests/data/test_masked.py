@@ -87,6 +87,8 @@ def test_fixed_masks_are_a_function_of_the_row() -> None:
     assert all(torch.equal(turned[name].flip(0), whole[name]) for name in whole)
     alone = taken(data, [7], step=3).extra["input_ids"][0]
     assert torch.equal(alone, whole["input_ids"][7, : len(alone)])
+    elsewhere = taken(MaskedRows(data.rows[5:], ALPHABET, fixed=0), [2]).extra["input_ids"][0]
+    assert torch.equal(elsewhere, alone), "not of its number in the data set"
     assert not torch.equal(taken(framed(fixed=1), range(24)).extra["loss_mask"], whole["loss_mask"])
 
 

@@ -38,6 +38,12 @@ def test_one_forward_gives_what_the_stock_model_gives(kind: str) -> None:
     assert len(states) == 4
     assert_close(states, tuple(wanted.hidden_states), **EXACT)
     assert not lm.output_layer._forward_pre_hooks, "nothing is left on the module"
+    places: list[int] = []
+    lm.output_layer.register_forward_hook(lambda _layer, _inputs, output: places.append(output.shape[1]))
+    lm.read(*given, True)
+    lm.hidden_states(*given)
+    lm.read(*given, False)
+    assert places == [1, 1, given[0].shape[1]], "where no logits are wanted, next to none are computed"
 
 
 def test_padding_beyond_the_longest_row_changes_nothing() -> None:
@@ -127,6 +133,7 @@ def test_an_examination_reads_so_much_and_shows_guesses(tokenizer: Any) -> None:
     exam = MaskedExamination(TEXTS, tokenizer, 16, config, MaskingConfig())
     assert exam.tokens == 96 and len(exam.looks) == 2 and all("[MASK]" in prompt for prompt in exam.prompts)
     assert exam.prompts[0] == "the file opens a [MASK] reads 0 naïve"
+    assert [look.fixed for look in exam.looks] == [0, 1], "other words are masked each time"
     assert len(exam.guesses(lm)) == 2 and exam.scores({"a": lm})["a"].count > 0
     short = MaskedExamination(TEXTS[:1], tokenizer, 32, config, MaskingConfig(), ["a [MASK] and [MASK]"])
     assert short.tokens < 32 and len(short.guesses(lm)[0].split()) <= 2

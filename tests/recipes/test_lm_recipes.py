@@ -263,5 +263,6 @@ def test_help_is_quick() -> None:
         "    m = u.module_from_spec(s); sys.modules[s.name] = m; s.loader.exec_module(m)\n"
         "assert not {'diffusers', 'peft', 'transformers'} & set(sys.modules)"
     )
-    paths = [str(ROOT / "recipes" / f"{name}.py") for name in ("lm_kd", "gkd", "minillm", "distillm")]
+    names = ("lm_kd", "gkd", "minillm", "distillm", "distilbert", "tinybert")
+    paths = [str(ROOT / "recipes" / f"{name}.py") for name in names]
     subprocess.run([sys.executable, "-c", code, *paths], check=True, cwd=ROOT, timeout=100)
