@@ -16,8 +16,9 @@ from ..data.text import Example, TextConfig, all_texts, open_texts
 from ..data.tokens import TokenRows, Tokens
 from ..errors import InputError
 from ..kd.evaluation import EvalConfig, Examination
-from ..kd.networks import CausalLM, check_same_tokens
+from ..kd.networks import CausalLM
 from ..kd.rollouts import generate
+from ..kd.vocabulary import check_same_tokens
 from ..networks.pretrained import load_model, load_tokenizer
 from ..randomness import StepRandom
 from .contenders import DTYPES

@@ -105,7 +105,8 @@ class Alphabet:
         ordinary = sorted(number for number in tokenizer.get_vocab().values() if number not in special)
         if not ordinary:
             raise InputError("expected a tokenizer with words in it, got special tokens alone; fix --teacher.path")
-        return cls(*wanted.values(), torch.tensor(ordinary))
+        begin, end, pad, mask = (int(number) for number in wanted.values())
+        return cls(begin, end, pad, mask, torch.tensor(ordinary))
 
 
 class MaskedRows:

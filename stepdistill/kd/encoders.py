@@ -17,9 +17,10 @@ from ..networks.lora import StudentConfig
 from .attention import Shape
 from .layouts import bert_layout, seeded
 from .masked import MaskedLM
-from .networks import TransformersNetwork, check_same_tokens
+from .networks import TransformersNetwork
 from .pair import DEMO, MASKED, LMTeacherConfig, Pair
 from .text_classifier import TextClassifier
+from .vocabulary import check_same_tokens
 
 FULL = StudentConfig(kind="full")
 TUNED = "--stages.fine_tuned"

@@ -153,26 +153,8 @@ class LanguageModel(TransformersNetwork, ABC):
         return Head(layer.weight, layer.bias, self.config.to_dict().get(SOFT_CAP))
 
     def tapped(self, name: str, output: Any) -> Any:
-        return (
-            output if isinstance(output, Tensor) else output[0]
-        )  # the last hidden state, of a ModelOutput as of a tuple
-
-    def next_logits(self, input_ids: Tensor, attention_mask: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
-        """(logits [B, V] of the token after the last, the cache to go on with), to write in step with another model.
-
-        Args:
-            input_ids: [B, n], those that the cache has not seen.
-            attention_mask: [B, S], of all tokens; positions are counted as everywhere here.
-            cache: of the call before; None at first.
-        """
-        given = {**self._arguments(input_ids, attention_mask), "use_cache": True, "past_key_values": cache}
-        if "position_ids" in given:
-            given["position_ids"] = given["position_ids"][:, -input_ids.shape[1] :]
-        if "logits_to_keep" in self._takes:
-            given["logits_to_keep"] = 1
-        with self.active():
-            found = self.net(**given)
-        return found.logits[:, -1], found.past_key_values
+        # the last hidden state, of a ModelOutput as of a tuple
+        return output if isinstance(output, Tensor) else output[0]
 
     def _head_explains_logits(self) -> bool:
         layer = self.output_layer
@@ -243,6 +225,23 @@ class CausalLM(LanguageModel):
         hidden: Tensor = kept[self.body]
         return hidden if self._scale == 1.0 else hidden * self._scale
 
+    def next_logits(self, input_ids: Tensor, attention_mask: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
+        """(logits [B, V] of the token after the last, the cache to go on with), to write in step with another model.
+
+        Args:
+            input_ids: [B, n], those that the cache has not seen.
+            attention_mask: [B, S], of all tokens; positions are counted as everywhere here.
+            cache: of the call before; None at first.
+        """
+        given = {**self._arguments(input_ids, attention_mask), "use_cache": True, "past_key_values": cache}
+        if "position_ids" in given:
+            given["position_ids"] = given["position_ids"][:, -input_ids.shape[1] :]
+        if "logits_to_keep" in self._takes:
+            given["logits_to_keep"] = 1
+        with self.active():
+            found = self.net(**given)
+        return found.logits[:, -1], found.past_key_values
+
 
 class Classifier(TransformersNetwork):
     """An image classifier of Transformers; it takes images in [-1, 1] and scales them as its processor would.
@@ -268,36 +267,6 @@ class Classifier(TransformersNetwork):
         with self.active():
             logits: Tensor = self.net(pixel_values=((images + 1.0) / 2.0 - mean) / std).logits
         return logits
-
-
-def check_same_tokens(student: Any, teacher: Any, flag: str = "--student.path") -> None:
-    """InputError unless two tokenizers give every text the same ids: a loss compares the two models' next tokens by id.
-
-    Tables of logits may be padded to different sizes; the losses take the ids that both have.
-    """
-    if student.get_vocab() != teacher.get_vocab():
-        ours, theirs = student.get_vocab(), teacher.get_vocab()
-        odd = sorted(word for word in ours.keys() | theirs.keys() if ours.get(word) != theirs.get(word))
-        raise InputError(
-            f"expected one tokenizer for student and teacher, got {len(ours)} and {len(theirs)} tokens, of which {len(odd)} "
-            f"differ, first {odd[0]!r}: their next-token distributions are over different things; take models of one family, "
-            f"or a student made anew with the teacher's tokenizer ({flag})"
-        )
-    for text in PROBES:
-        one, other = (t(text, add_special_tokens=False)["input_ids"] for t in (student, teacher))
-        if one != other:
-            raise InputError(
-                f"expected one tokenizer for student and teacher, got the same tokens but other cuts: {text!r} is {one} and "
-                f"{other}; take models of one family ({flag})"
-            )
-
-
-PROBES = (
-    "The quick brown fox can't jump over 1,234.5 lazy dogs!",
-    "  two  spaces\n\n\ttabs, NEW lines\r\n and trailing ",
-    "naïve café — 北京 Привет 🙂",
-    "def f(x):\n    return {'a': x ** 2}\n",
-)
 
 
 def sizes(networks: Mapping[str, Network]) -> dict[str, int]:

@@ -13,7 +13,8 @@ from ..errors import InputError
 from ..networks.lora import StudentConfig
 from .layouts import bert_layout, gpt2_layout, train_masked_tokenizer, train_tokenizer
 from .masked import MaskedLM
-from .networks import CausalLM, LanguageModel, check_same_tokens
+from .networks import CausalLM, LanguageModel
+from .vocabulary import check_same_tokens
 
 DEMO = "demo"
 M = TypeVar("M", bound=LanguageModel)

@@ -11,7 +11,8 @@ from torch.testing import assert_close
 from toys import EXACT
 
 from stepdistill.errors import InputError
-from stepdistill.kd.networks import CausalLM, Classifier, check_same_tokens, smaller_teacher
+from stepdistill.kd.networks import CausalLM, Classifier, smaller_teacher
+from stepdistill.kd.vocabulary import check_same_tokens
 from stepdistill.networks.lora import StudentConfig
 from stepdistill.networks.merge import merged
 from stepdistill.networks.pretrained import load_model, load_tokenizer
