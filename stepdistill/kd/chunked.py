@@ -73,12 +73,8 @@ def bucket_loss(
     labels: Tensor | None = None,
     chunk_size: int = CHUNK,
 ) -> TokenLoss:
-    """What :func:`.targets.dense_bucket_loss` gives for the head's logits; everything else as in :func:`chunked_loss`.
-
-    Args:
-        buckets: of the same tokens, [...].
-    """
-    buckets.check(objective.divergence, len(student_head.weight))
+    """What :func:`.targets.dense_bucket_loss` gives for the head's logits; everything else as in :func:`chunked_loss`."""
+    buckets.asked.check(objective.divergence, len(student_head.weight))
     rows, chosen = valid_rows(objective, student_hidden, buckets.log_probs, mask, labels, len(student_head.weight))
     target = buckets.chosen(rows, _wide(student_hidden)) if objective.kd_weight else None
     return _summed(objective, student_hidden, student_head, rows, target, chosen, chunk_size)
@@ -95,7 +91,7 @@ def _summed(
 
 
 def chunked_logits(hidden: Tensor, head: Head, entries: int, chunk_size: int = CHUNK) -> Iterator[Tensor]:
-    """The first `entries` logits [c, entries] of hidden states [N, H], a chunk after the other, in the losses' own precision."""
+    """The first logits [c, entries] of hidden states [N, H], a chunk after the other, in the losses' own precision."""
     with torch.no_grad():
         layer = _Layer(head, entries, _wide(hidden))
         for part in hidden.split(chunk_size):
@@ -125,13 +121,17 @@ class _Live(Target):
     """Hidden states of all tokens [M, H], numbers of the N valid ones, and the head; `entries` is how many both heads have."""
 
     def __init__(self, hidden: Tensor, rows: Tensor, head: Head, entries: int, wide: torch.dtype) -> None:
-        self.hidden, self.rows, self.entries = hidden, rows, entries
+        self.hidden, self.rows, self.shared = hidden, rows, entries
         self.layer, self.start, self.z = _Layer(head, entries, wide), 0, hidden.new_empty(0, entries, dtype=wide)
+
+    @property
+    def entries(self) -> int:
+        return self.shared
 
     def read(self, part: slice) -> None:
         hidden, self.start = self.hidden.index_select(0, self.rows[part]), part.start
         if len(self.z) < len(hidden):  # the first part is the longest
-            self.z = self.z.new_empty(len(hidden), self.entries)
+            self.z = self.z.new_empty(len(hidden), self.shared)
         self.layer.write(hidden, self.z[: len(hidden)])
 
     def compare(self, divergence: Divergence, z: Tensor, at: slice, differentiates: bool) -> Compared:

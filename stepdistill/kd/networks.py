@@ -268,6 +268,6 @@ def told_sizes(student: int, teacher: int) -> str:
     if teacher >= student:
         return ""
     return (
-        f"the teacher ({teacher:,} parameters) is smaller than the student ({student:,}): are --teacher.path and --student.path "
-        "the wrong way round?"
+        f"the teacher ({teacher:,} parameters) is smaller than the student ({student:,}): are --teacher.path and "
+        "--student.path the wrong way round?"
     )

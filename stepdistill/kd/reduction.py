@@ -101,7 +101,7 @@ def dense_loss(
 
 
 def added(objective: Objective, z: Tensor, kd: Tensor | None, labels: Tensor | None) -> TokenLoss:
-    """The objective of N valid tokens from logits [N, V], values of the divergence [N] and labels [N]; None for no such term."""
+    """The objective of N valid tokens from logits [N, V], values of the divergence [N] and labels [N], if there are any."""
     total = kd_sum = ce = log_probs(z[:0]).sum()  # 0, with a graph
     if kd is not None:
         kd_sum = kd.sum()

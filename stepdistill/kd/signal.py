@@ -16,7 +16,7 @@ from ..data.tokens import Tokens
 from .chunked import CHUNK, bucket_loss, chunked_loss
 from .networks import CausalLM, sizes, told_sizes
 from .reduction import Objective, TokenLoss, dense_loss, next_token
-from .targets import Buckets, dense_bucket_loss
+from .targets import Asked, Buckets, dense_bucket_loss
 
 IDS, LOG_PROBS = "teacher_ids", "teacher_log_probs"  # in Batch.extra
 
@@ -54,37 +54,26 @@ class CachedTeacher(Signal):
     """What a model said of the same text, from the batches of :class:`.teacher_cache.CachedRows`.
 
     Args:
-        entries: of the vocabulary that it was asked about.
-        temperature: of its distributions.
+        asked: what it was asked.
         parameters: of the model.
-        identity: what a resumed run knows it again by, "" for nobody knows.
+        hashes: what a resumed run knows it again by; for `Trainer.teacher`.
     """
 
-    def __init__(
-        self, entries: int, temperature: float = 1.0, parameters: int | None = None, identity: str = ""
-    ) -> None:
-        self.entries, self.temperature, self.parameters, self.identity = entries, temperature, parameters, identity
-
-    @property
-    def hashes(self) -> Mapping[str, str]:
-        """For `Trainer.teacher`."""
-        return {"checkpoint": self.identity} if self.identity else {}
+    def __init__(self, asked: Asked, parameters: int, hashes: Mapping[str, str]) -> None:
+        self.asked, self.parameters, self.hashes = asked, parameters, dict(hashes)
 
     def check(self, objective: Objective, student: CausalLM) -> str:
-        none = torch.empty(0, self.entries)
-        Buckets(none, none, self.entries, self.temperature).check(objective.divergence, student.vocabulary)
-        if self.parameters is None:
-            return ""
+        self.asked.check(objective.divergence, student.vocabulary)
         return told_sizes(sizes({"student": student})["student"], self.parameters)
 
     def loss(self, objective: Objective, student: CausalLM, batch: Batch, chunk_size: int = CHUNK) -> TokenLoss:
         if LOG_PROBS not in batch.extra:
             raise ValueError(
-                f"a cached teacher needs its answers (Batch.extra[{LOG_PROBS!r}]), got a data set without; use kd/teacher_cache.py"
+                f"a cached teacher needs its answers (Batch.extra[{LOG_PROBS!r}]), got a data set without; use CachedRows"
             )
-        ours, labels, mask = _outputs(student, Tokens.of(batch), student.is_factored)
-        given = (batch.extra[name][:, :-1] for name in (IDS, LOG_PROBS))  # beside next_token's rows, as they are stored
-        buckets = Buckets(*given, self.entries, self.temperature)
+        ours, labels, mask = outputs(student, Tokens.of(batch), student.is_factored)
+        given = (batch.extra[name][:, :-1] for name in (IDS, LOG_PROBS))  # beside the rows that next_token keeps
+        buckets = Buckets(self.asked, *given)
         if not student.is_factored:
             return dense_bucket_loss(objective, ours, buckets, mask, labels)
         return bucket_loss(objective, ours, student.head, buckets, mask, labels, chunk_size)
@@ -103,16 +92,16 @@ def token_loss(
     theirs = None
     if teacher is not None:
         with torch.no_grad():
-            theirs, _, _ = _outputs(teacher, tokens, factored)
-    ours, labels, mask = _outputs(student, tokens, factored)
+            theirs, _, _ = outputs(teacher, tokens, factored)
+    ours, labels, mask = outputs(student, tokens, factored)
     if not factored:
         return dense_loss(objective, ours, theirs, mask, labels)
     head = None if teacher is None else teacher.head
     return chunked_loss(objective, ours, student.head, theirs, head, mask, labels, chunk_size)
 
 
-def _outputs(lm: CausalLM, tokens: Tokens, factored: bool) -> tuple[Tensor, Tensor, Tensor]:
+def outputs(lm: CausalLM, tokens: Tokens, factored: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(hidden states or logits [B, S - 1, ...], the tokens that they predict, whether those are targets)."""
     given = tokens.input_ids, tokens.attention_mask
-    outputs = lm.hidden(*given) if factored else lm(*given)
-    return next_token(outputs, tokens.input_ids, tokens.loss_mask, tokens.attention_mask)
+    found = lm.hidden(*given) if factored else lm(*given)
+    return next_token(found, tokens.input_ids, tokens.loss_mask, tokens.attention_mask)

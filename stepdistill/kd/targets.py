@@ -30,13 +30,12 @@ class Compared(NamedTuple):
 
 
 class Target(ABC):
-    """What N distributions of a student are compared with, some of them at a time.
+    """What N distributions of a student are compared with, some of them at a time."""
 
-    Attributes:
-        entries: of the vocabulary; the student may have more, which are left alone.
-    """
-
-    entries: int
+    @property
+    @abstractmethod
+    def entries(self) -> int:
+        """Of the vocabulary; the student may have more, which are left alone."""
 
     @abstractmethod
     def read(self, part: slice) -> None:
@@ -57,42 +56,30 @@ def compared(
 
 
 @dataclass(frozen=True)
-class Buckets(Target):
-    """A teacher's k likeliest tokens, and the mass of the rest.
+class Asked:
+    """What a teacher was asked, of which its buckets are the answers.
 
     Attributes:
-        ids: [..., k], integers in ascending order.
-        log_probs: [..., k + 1] log-probabilities of those and of all others together; [..., k] where there are no others.
-        entries: of the vocabulary that they are of.
-        temperature: that they were taken at. They say nothing of another one: the rest's mass at T is a sum over its tokens.
+        entries: of its vocabulary, how many were compared.
+        k: tokens with a bucket of their own.
+        temperature: of the distributions. They say nothing of another one: the rest's mass at T is a sum over its tokens.
     """
 
-    ids: Tensor
-    log_probs: Tensor
     entries: int
+    k: int
     temperature: float = 1.0
 
-    @classmethod
-    def of(cls, logits: Tensor, k: int, temperature: float = 1.0) -> Buckets:
-        """From a teacher's logits [..., V]; the log-probabilities are float32 at least, the ids int64."""
-        log_p, entries = log_probs(logits.detach(), temperature), logits.shape[-1]
-        if not 1 <= k <= entries:
-            raise ValueError(f"expected k in [1, {entries}], got {k}")
-        ids = log_p.topk(k, -1).indices.sort(-1).values
-        return cls(ids, bucketed(log_p, ids), entries, temperature)
-
-    @property
-    def k(self) -> int:
-        """Tokens with a bucket of their own."""
-        return self.ids.shape[-1]
+    def __post_init__(self) -> None:
+        if not 1 <= self.k <= self.entries:
+            raise InputError(f"expected k in [1, {self.entries}], the entries of the teacher, got {self.k}; fix --k")
 
     def check(self, divergence: Divergence, entries: int) -> None:
         """InputError for a divergence at another temperature, and for a student with fewer entries."""
         if divergence.temperature != self.temperature:
             raise InputError(
                 f"expected temperature {self.temperature:g}, which the teacher's log-probabilities were cached at, got "
-                f"{divergence.temperature:g}: what the tokens outside of the {self.k} likeliest weigh at another one is not known "
-                "from their mass; fix --method.divergence.temperature, or cache anew with --temperature"
+                f"{divergence.temperature:g}: what the tokens outside of the {self.k} likeliest weigh at another one is not "
+                "known from their mass; fix --method.divergence.temperature, or cache anew with --temperature"
             )
         if entries < self.entries:
             raise InputError(
@@ -100,19 +87,45 @@ class Buckets(Target):
                 f"entries that it lacks is not known; cache anew with --vocabulary {entries}"
             )
 
+
+@dataclass(frozen=True)
+class Buckets(Target):
+    """A teacher's k likeliest tokens, and the mass of the rest.
+
+    Attributes:
+        asked: what of.
+        ids: [..., k], integers in ascending order.
+        log_probs: [..., k + 1] log-probabilities of those and of all others together; [..., k] where there are no others.
+    """
+
+    asked: Asked
+    ids: Tensor
+    log_probs: Tensor
+
+    @classmethod
+    def of(cls, asked: Asked, logits: Tensor) -> Buckets:
+        """From a teacher's logits [..., V], of which the first are looked at; float32 at least, ids int64."""
+        log_p = log_probs(logits.detach()[..., : asked.entries], asked.temperature)
+        ids = log_p.topk(asked.k, -1).indices.sort(-1).values
+        return cls(asked, ids, bucketed(log_p, ids))
+
+    @property
+    def entries(self) -> int:
+        return self.asked.entries
+
     def chosen(self, rows: Tensor, wide: torch.dtype) -> Buckets:
         """Those of tokens `rows` [N] of all, counted through: ids [N, k], log-probabilities in `wide`."""
         ids, kept = (x.flatten(0, -2).index_select(0, rows) for x in (self.ids, self.log_probs))
         # 16 bits no longer sum to 1, and the divergence of anything else is not 0 at q = p
         log_p = log_probs(kept.to(wide)) if kept.dtype.itemsize == 2 else kept.to(wide).clamp(min=LOWEST)
-        return Buckets(ids, log_p, self.entries, self.temperature)
+        return Buckets(self.asked, ids, log_p)
 
     def read(self, part: slice) -> None:
         """Everything is here."""
 
     def compare(self, divergence: Divergence, z: Tensor, at: slice, differentiates: bool) -> Compared:
         log_q, ids = log_probs(z, divergence.temperature), self.ids[at].long()
-        if self.k == self.entries:
+        if (k := self.asked.k) == self.entries:
             value, gradient = compared(divergence, log_q.gather(1, ids), self.log_probs[at], differentiates)
             return Compared(log_q, value, None if gradient is None else torch.empty_like(z).scatter_(1, ids, gradient))
         kept = log_q.gather(1, ids)
@@ -124,7 +137,7 @@ class Buckets(Target):
         gradient = None
         if slope is not None:
             # of a token in the rest: its share of the rest, times the gradient in the rest's logit
-            gradient = (log_q - tail).exp_().mul_(slope[:, self.k :]).scatter_(1, ids, slope[:, : self.k])
+            gradient = (log_q - tail).exp_().mul_(slope[:, k:]).scatter_(1, ids, slope[:, :k])
         return Compared(log_q.scatter_(1, ids, kept), value, gradient)
 
 
@@ -141,7 +154,7 @@ def dense_bucket_loss(
 ) -> TokenLoss:
     """:func:`.reduction.dense_loss` between whole logits of the student [..., V] and a teacher's buckets [...]."""
     entries, d = student_logits.shape[-1], objective.divergence
-    buckets.check(d, entries)
+    buckets.asked.check(d, entries)
     rows, chosen = valid_rows(objective, student_logits, buckets.log_probs, mask, labels, entries)
     z = student_logits.flatten(0, -2).index_select(0, rows)
     kd = None
