@@ -172,6 +172,6 @@ def cache_logits(
     size = sum(file.stat().st_size for file in Path(folder).expanduser().glob("*.safetensors"))
     count, entries = key.data["tokens"], config.asked(lm).entries
     return (
-        f"{count:,} answers of {size / count:.1f} bytes in {folder}, {size / 1e6:.1f} MB; all {entries:,} entries in fp16 would "
-        f"be {2 * entries * count / 1e6:.1f} MB"
+        f"{count:,} answers of {size / count:.1f} bytes in {folder}, {size / 1e6:.1f} MB; all {entries:,} entries in fp16 "
+        f"would be {2 * entries * count / 1e6:.1f} MB"
     )

@@ -110,8 +110,8 @@ def refuse(differences: Sequence[str], store: ShardStore, fix: str) -> None:
 class CachedRows:
     """A data set with a teacher's answers, read in any order from memory maps of the shards.
 
-    Batches are those of `rows`, with `teacher_ids` [B, S, k] and `teacher_log_probs` [B, S, k + 1] at places whose next token is
-    a target (k alone where k is all of the vocabulary).
+    Batches are those of `rows`, with `teacher_ids` [B, S, k] and `teacher_log_probs` [B, S, k + 1] at places whose next token
+    is a target (k alone where k is all of the vocabulary).
 
     Args:
         folder: that :func:`cache_answers` filled.
