@@ -51,7 +51,9 @@ def cached(
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    return {path.name: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
+    """All tensors; copies, since those of load_file change with the file."""
+    files = sorted(folder.glob("*.safetensors"))
+    return {path.name: {name: x.clone() for name, x in load_file(path).items()} for path in files}
 
 
 # -- what is stored --------------------------------------------------------------------------------------------------------
@@ -60,7 +62,8 @@ def contents(folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(("entries", "pages"), [(2**16, 0), (2**16 + 1, 1), (151_936, 2)])
 def test_ids_of_every_page_come_back_from_16_bits(entries: int, pages: int) -> None:
     edges = [i for i in (0, 1, 2**16 - 1, 2**16, 2**16 + 1, 2**17 - 1, 2**17, entries - 2, entries - 1) if i < entries]
-    ids = torch.tensor([sorted(set(edges))[-6:], list(range(6)), list(range(entries - 6, entries))])
+    spread = sorted({*edges, *range(2, 6)})[-6:]
+    ids = torch.tensor([spread, list(range(6)), list(range(entries - 6, entries))])
     answers = Buckets(Asked(entries, 6), ids, torch.linspace(-9, -1, 21).view(3, 7))
     stored = pack(answers, torch.float16)
     found, log_probs = unpack(stored)
@@ -211,13 +214,34 @@ cached(Path(sys.argv[1]), FEW)
 """
 
 
-def test_killed_between_shards_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def killed(folder: Path) -> None:
+    """By the system, in a process of its own."""
     here = Path(__file__).resolve()
     code = KILLED.format(paths=[str(here.parent), str(here.parents[1]), str(here.parents[2])])
-    died = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "a")], capture_output=True, text=True, timeout=120
-    )
+    died = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, timeout=120)
     assert died.returncode == -9, died.stderr
+
+
+def broken_off(folder: Path) -> None:
+    """Here, at the same place."""
+    original, written = ShardStore.write, []
+
+    def write(store: ShardStore, name: str, *rest: Any) -> Any:
+        if len(written) == 2:
+            store.path(f"{name}.half").write_bytes(b"...")
+            raise Killed
+        written.append(name)
+        return original(store, name, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ShardStore, "write", write)
+        with pytest.raises(Killed):
+            cached(folder, FEW)
+
+
+@pytest.mark.parametrize("stop", [broken_off, pytest.param(killed, marks=pytest.mark.slow)])
+def test_killed_between_shards_it_goes_on(tmp_path: Path, stop: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop(tmp_path / "a")
     with pytest.raises(InputError, match=r"got 2, without answers-00002.*not finished.*run the same"):
         CachedRows(tmp_path / "a", DATA, key())
     made: list[str] = []
@@ -282,7 +306,8 @@ def test_masks_and_order_are_of_the_data() -> None:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"k": 9}, "k 8, here 9"), ({"stored": "fp16"}, "stored 'fp32', here 'fp16'"), ({"temperature": 2.0}, "temperature 1.0"),
+        ({"k": 9}, "k 8, here 9"), ({"stored": "fp16"}, "stored 'fp32', here 'fp16'"),
+        ({"temperature": 2.0}, "temperature 1.0"),
         ({"shard_tokens": 80}, "shard_rows"), ({"vocabulary": 30}, "vocabulary 40, here 30"),
     ],
 )  # fmt: skip
@@ -331,7 +356,8 @@ def test_a_teacher_whose_outputs_are_not_numbers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"k": 0}, "--k"), ({"temperature": 0.0}, "--temperature"), ({"vocabulary": 0}, "--vocabulary"), ({"stored": "int8"}, "--stored"),
+        ({"k": 0}, "--k"), ({"temperature": 0.0}, "--temperature"), ({"vocabulary": 0}, "--vocabulary"),
+        ({"stored": "int8"}, "--stored"),
         ({"batch_size": 0}, "--batch_size"), ({"k": 41}, "--k"), ({"vocabulary": 41}, "--vocabulary"),
     ],
 )  # fmt: skip
