@@ -90,14 +90,14 @@ def _summed(
     return TokenLoss(total, kd, ce, len(rows))
 
 
+@torch.no_grad()
 def chunked_logits(hidden: Tensor, head: Head, entries: int, chunk_size: int = CHUNK) -> Iterator[Tensor]:
     """The first logits [c, entries] of hidden states [N, H], a chunk after the other, in the losses' own precision."""
-    with torch.no_grad():
-        layer = _Layer(head, entries, _wide(hidden))
-        for part in hidden.split(chunk_size):
-            z = hidden.new_empty(len(part), entries, dtype=_wide(hidden))
-            layer.write(part, z)
-            yield z
+    layer = _Layer(head, entries, _wide(hidden))
+    for part in hidden.split(chunk_size):
+        z = hidden.new_empty(len(part), entries, dtype=_wide(hidden))
+        layer.write(part, z)
+        yield z
 
 
 def _wide(hidden: Tensor) -> torch.dtype:

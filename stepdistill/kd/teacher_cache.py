@@ -82,11 +82,12 @@ def shard_rows(rows: TokenRows, shard_tokens: int) -> int:
 
 def pack(answers: Buckets, dtype: torch.dtype) -> dict[str, Tensor]:
     """Buckets [n] as they are stored: the low 16 bits of ids [n, k], log-probabilities [n, k + 1], places of pages [n, p]."""
-    found = {"ids": (answers.ids % PAGE).to(torch.uint16), "log_probs": answers.log_probs.to(dtype)}
+    ids = answers.ids.cpu()
+    found = {"ids": (ids % PAGE).to(torch.uint16), "log_probs": answers.log_probs.to(dtype).cpu()}
     if answers.entries > PAGE:
-        pages = torch.arange(PAGE, answers.entries, PAGE, device=answers.ids.device)
-        found["pages"] = (answers.ids[:, None] < pages[:, None]).sum(2).int()  # ids before each of them
-    return {name: value.cpu().contiguous() for name, value in found.items()}
+        pages = torch.arange(PAGE, answers.entries, PAGE)
+        found["pages"] = (ids[:, None] < pages[:, None]).sum(2).int()  # ids before each of them
+    return {name: value.contiguous() for name, value in found.items()}
 
 
 def unpack(stored: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
