@@ -34,7 +34,9 @@ from stepdistill.networks.pretrained import checkpoint_hash
 from stepdistill.training.trainer import Trainer
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
-DATA = uneven(prompt=3)
+DATA = TokenRows(
+    [*uneven(12, prompt=3).rows, *uneven(12).rows], END
+)  # with prompts, and targets from the first token on
 WHOLE = TeacherCacheConfig(k=VOCABULARY, stored="fp32", shard_tokens=40, batch_size=3)
 FEW = replace(WHOLE, k=8)
 
