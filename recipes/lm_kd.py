@@ -48,6 +48,7 @@ def main(parsed: Parsed[Recipe]) -> None:
     pair = Pair(r.teacher, r.student, texts.train, r.vocabulary, window, r.train.seed, *place)
     data = rows_of(texts.train, pair.tokenizer, window)
     exam = Examination.of(texts.held_out, pair.tokenizer, window, r.eval, r.train.validation_prompts)
+    students = {"student": pair.student(r.train.gradient_checkpointing)}
     taught: Any = data
     if r.teacher.cache:
         taught = pair.cached(data, r.data)
@@ -59,7 +60,6 @@ def main(parsed: Parsed[Recipe]) -> None:
         else:
             trainer.teacher = weights_hash(teacher)
         teacher.frozen()
-    students = {"student": pair.student(r.train.gradient_checkpointing)}
     before = exam.perplexities({"before": students["student"]})
     method = LanguageModelKD(r.method, students["student"], teacher)
     if r.control:
