@@ -1,10 +1,12 @@
 """Distils a causal language model on text (arXiv 1503.02531), beside a control group that sees the same text without a teacher.
 
 accelerate launch recipes/lm_kd.py    # small GPT-2 layouts; or --teacher.path PATH --student.path PATH --data.path TEXT
+stepdistill cache-logits              # asks a teacher once; then --teacher.cache DIR instead of its forward in each step
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from stepdistill.config import Parsed, run
 from stepdistill.data.text import TextConfig
@@ -51,23 +53,25 @@ def main(parsed: Parsed[Recipe]) -> None:
     data = rows_of(texts.train, pair.tokenizer, window)
     exam = Examination.of(texts.held_out, pair.tokenizer, window, r.eval, r.train.validation_prompts)
     students = {"student": pair.student(r.train.gradient_checkpointing)}
-    before = exam.perplexities({"before": students["student"]})
-    steps = r.teacher.steps(r.train.max_train_steps)
-    teacher = pair.teacher(trains=steps > 0)
-    if steps:
-        trainer.fit(NextToken(teacher), data, "teacher", steps=steps)
+    taught: Any = data
+    if r.teacher.cache:
+        taught = pair.cached(data, r.data)
+        teacher, trainer.teacher = taught.teacher, taught.teacher.hashes
     else:
-        trainer.teacher = weights_hash(teacher)
-    teacher.frozen()
+        teacher = pair.teacher(trains=(steps := r.teacher.steps(r.train.max_train_steps)) > 0)
+        if steps:
+            trainer.fit(NextToken(teacher), data, "teacher", steps=steps)
+        else:
+            trainer.teacher = weights_hash(teacher)
+        teacher.frozen()
+    before = exam.perplexities({"before": students["student"]})
+    method = LanguageModelKD(r.method, students["student"], teacher)
     if r.control:
         students["control"] = pair.student(r.train.gradient_checkpointing)
         trainer.fit(NextToken(students["control"]), data, "control")
-    method, samples = (
-        LanguageModelKD(r.method, students["student"], teacher),
-        writer(exam, students["student"], r.output_dir),
-    )
-    trainer.fit(method, data, "student", on_validate=samples)
+    trainer.fit(method, taught, "student", on_validate=writer(exam, students["student"], r.output_dir))
     if trainer.is_main:
+        teacher = pair.live_teacher() if r.teacher.cache else teacher  # a cache has nothing to say of other text
         finish(r.output_dir, "lm_kd", pair, exam, {"teacher": teacher, **students}, before, export=r.export)
 
 

@@ -77,6 +77,15 @@ def _parser() -> argparse.ArgumentParser:
     bench.set_defaults(command=bench_command)
     add_arguments(bench)
     add_model_arguments(bench)
+    cache = commands.add_parser(
+        "cache-logits",
+        help="ask a language model about a text once, to train students without it in memory",
+        description=inspect.getdoc(cache_logits_command),
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    cache.set_defaults(command=cache_logits_command)
+    _cache_arguments(cache)
     doctor = commands.add_parser(
         "doctor",
         help="what this machine can do, and what would stop a training on it",
@@ -90,6 +99,35 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _cache_arguments(cache: argparse.ArgumentParser) -> None:
+    cache.add_argument(
+        "--teacher.path", required=True, metavar="PATH", help="folder or hub id of a causal language model"
+    )
+    cache.add_argument("--teacher.revision", metavar="NAME", help="branch, tag or commit on the hub")
+    cache.add_argument(
+        "--data.path", required=True, metavar="TEXT", help="as in the training; so are the other --data.*"
+    )
+    cache.add_argument("--data.split", metavar="NAME", help="of a data set of `datasets` (default: train)")
+    cache.add_argument("--data.text_column", metavar="NAME", help="its column of documents (default: text)")
+    cache.add_argument("--data.block_size", type=int, metavar="N", help="tokens of a block (default: 128)")
+    cache.add_argument(
+        "--data.held_out", type=float, metavar="SHARE", help="of the documents, not cached (default: 0.05)"
+    )
+    cache.add_argument(
+        "--output_dir", required=True, metavar="DIR", help="where answers go; one that was begun is finished"
+    )
+    cache.add_argument("--k", type=int, metavar="K", help="likeliest tokens that are kept (default: 64)")
+    cache.add_argument(
+        "--temperature", type=float, metavar="T", help="of the distributions, and of the loss (default: 1)"
+    )
+    cache.add_argument("--vocabulary", type=int, metavar="V", help="entries that are compared (default: the teacher's)")
+    cache.add_argument("--stored", choices=("fp16", "fp32"), help="log-probabilities on disk (default: fp16)")
+    cache.add_argument("--batch_size", type=int, metavar="B", help="rows that the teacher reads at once (default: 16)")
+    cache.add_argument(
+        "--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="of its weights (default: fp32)"
+    )
+
+
 def export_command(options: dict[str, Any]) -> None:
     """Rebuilds the student of a run from its config.yaml and a checkpoint, and writes what stock libraries load.
 
@@ -100,15 +138,14 @@ def export_command(options: dict[str, Any]) -> None:
     read_config(Path(options["run"]))  # a wrong folder is said before the seconds that the next imports take
     from .export.rerun import export_run
 
-    def section(name: str) -> dict[str, Any]:
-        given = {key.removeprefix(f"{name}."): value for key, value in options.items() if key.startswith(f"{name}.")}
-        return {key: value for key, value in given.items() if value is not None}
+    parts = (_section(options, name) for name in ("teacher", "export", "student"))
+    print(f"exported to {export_run(options['run'], options['output_dir'], options['checkpoint'], *parts)}")
 
-    folder = export_run(
-        options["run"], options["output_dir"], options["checkpoint"], section("teacher"), section("export"),
-        section("student"),
-    )  # fmt: skip
-    print(f"exported to {folder}")
+
+def _section(options: dict[str, Any], name: str) -> dict[str, Any]:
+    """The options name.*, those that were given."""
+    given = {key.removeprefix(f"{name}."): value for key, value in options.items() if key.startswith(f"{name}.")}
+    return {key: value for key, value in given.items() if value is not None}
 
 
 def bench_command(options: dict[str, Any]) -> None:
@@ -160,6 +197,22 @@ def _compare(files: Sequence[str], fail_if: Sequence[str]) -> None:
     if broken := failed(rules, a, b):
         print("\n".join(f"failed: {line}" for line in broken), file=sys.stderr)
         raise SystemExit(1)
+
+
+def cache_logits_command(options: dict[str, Any]) -> None:
+    """Keeps a teacher's K likeliest tokens after each place of the training text, with the mass of all others.
+
+    recipes/lm_kd.py then trains with --teacher.cache DIR, the same --teacher.path and --data.*, without the teacher in memory.
+    A stopped run goes on where it was. A divergence of these K + 1 buckets is a lower bound of that of the whole vocabulary.
+    """
+    from .data.text import TextConfig
+    from .kd.caching import TeacherCacheConfig, cache_logits
+    from .kd.pair import LMTeacherConfig
+
+    given = ("k", "temperature", "vocabulary", "stored", "batch_size")
+    config = TeacherCacheConfig(**{name: options[name] for name in given if options[name] is not None})
+    teacher, text = LMTeacherConfig(**_section(options, "teacher")), TextConfig(**_section(options, "data"))
+    print(cache_logits(teacher, text, config, options["output_dir"], options["dtype"]))
 
 
 def doctor_command(options: dict[str, Any]) -> None:

@@ -32,14 +32,15 @@ def test_help_is_quick_and_lists_the_commands_that_exist() -> None:
     assert "export" in done.stdout
     assert "doctor" in done.stdout
     assert "bench" in done.stdout
+    assert "cache-logits" in done.stdout
     assert min(times) < 1.0
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["export", "--help"], ["doctor", "--help"], ["bench", "--help"]])
+@pytest.mark.parametrize("arguments", [[], ["export"], ["doctor"], ["bench"], ["cache-logits"]])
 def test_help_imports_no_torch(arguments: list[str]) -> None:
     code = (
         "import sys; from stepdistill import cli\n"
-        f"try: cli.main({arguments!r})\n"
+        f"try: cli.main({[*arguments, '--help']!r})\n"
         "except SystemExit: pass\n"
         "print([m for m in ('torch', 'diffusers', 'jsonargparse', 'yaml', 'numpy') if m in sys.modules])"
     )

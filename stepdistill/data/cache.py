@@ -69,12 +69,16 @@ class ShardStore:
     Args:
         folder: its place; made by :meth:`begin`.
         about: plain values that say what the cache holds, for whoever looks into the folder.
+        what: it is called in messages.
+        flag: the option that names its place, for messages.
 
     Raises InputError where the folder cannot be written (no permission, disk full).
     """
 
-    def __init__(self, folder: Path, about: Mapping[str, Any]) -> None:
-        self.folder, self.about = folder, dict(about)
+    def __init__(
+        self, folder: Path, about: Mapping[str, Any], what: str = "latent cache", flag: str = "--data.cache_dir"
+    ) -> None:
+        self.folder, self.about, self.what, self.flag = folder, dict(about), what, flag
 
     def path(self, name: str) -> Path:
         """Where shard `name` is."""
@@ -90,6 +94,18 @@ class ShardStore:
                 raise self._unwritable(error) from error
         self._remove_leftovers()
 
+    def said(self) -> dict[str, Any]:
+        """What about.json says; {} where there is none. InputError for anything else than JSON of a cache."""
+        path = self.folder / ABOUT
+        if not path.is_file():
+            return {}
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise InputError(
+                f"expected a {self.what} at {str(self.folder)!r}, got {path}: {error}; fix {self.flag}"
+            ) from error
+
     def has_begun(self) -> bool:
         """Whether some process has called :meth:`begin` here."""
         return (self.folder / ABOUT).is_file()
@@ -103,6 +119,19 @@ class ShardStore:
 
         What is damaged is said, and forgotten: its JSON goes, so that nobody takes the shard for finished.
         """
+        found = self.look(name)
+        if isinstance(found, Entry):
+            return found
+        if found:
+            log.warning("%s is damaged or missing (%s) and is made again", self.path(name), found)
+            try:
+                (self.folder / f"{name}.json").unlink(missing_ok=True)
+            except OSError as error:
+                raise self._unwritable(error) from error
+        return None
+
+    def look(self, name: str) -> Entry | str:
+        """The entry of a shard that is there as it was written, else what is wrong with it, "" where it was never finished."""
         sidecar, path = self.folder / f"{name}.json", self.path(name)
         try:
             entry = Entry.read(sidecar.read_text(encoding="utf-8"))
@@ -111,17 +140,9 @@ class ShardStore:
                 return entry
             if stat.st_size == entry.size and _sha256(path) == entry.sha256:
                 return self._restamped(name, entry, stat.st_mtime_ns)
-            reason = "not as it was written"
+            return "not as it was written"
         except (OSError, ValueError) as error:
-            if not sidecar.exists():
-                return None
-            reason = str(error)
-        log.warning("%s is damaged or missing (%s) and is made again", path, reason)
-        try:
-            sidecar.unlink(missing_ok=True)
-        except OSError as error:
-            raise self._unwritable(error) from error
-        return None
+            return str(error) if sidecar.exists() else ""
 
     def _restamped(self, name: str, entry: Entry, mtime_ns: int) -> Entry:
         entry = Entry(**{**asdict(entry), "mtime_ns": mtime_ns})
@@ -170,8 +191,8 @@ class ShardStore:
 
     def _unwritable(self, error: Exception) -> InputError:
         return InputError(
-            f"expected to write the latent cache in {str(self.folder)!r}, got: {error}; free some space there, or give "
-            "--data.cache_dir another folder"
+            f"expected to write the {self.what} in {str(self.folder)!r}, got: {error}; free some space there, or give "
+            f"{self.flag} another folder"
         )
 
 

@@ -76,8 +76,8 @@ def fill(
     wait()
     if not store.has_begun():
         raise InputError(
-            f"expected the main process's latent cache in {str(store.folder)!r}, got none; give --data.cache_dir a folder that "
-            "all nodes share"
+            f"expected the main process's {store.what} in {str(store.folder)!r}, got none; give {store.flag} a folder that all "
+            "nodes share"
         )
     report = _reporter(progress and rank == 0)
     for job in (job for jobs in todo for job in jobs[:1]):  # one of each kind tells how large the cache will be
@@ -114,8 +114,8 @@ def _check_space(store: ShardStore, makers: Sequence[Maker]) -> None:
     free = shutil.disk_usage(store.folder).free
     if needed > free:
         raise InputError(
-            f"expected {needed / 2**30:.1f} GiB free for the rest of the latent cache in {str(store.folder)!r}, got "
-            f"{free / 2**30:.1f} GiB; free some space, or give --data.cache_dir a folder on a larger disk"
+            f"expected {needed / 2**30:.1f} GiB free for the rest of the {store.what} in {str(store.folder)!r}, got "
+            f"{free / 2**30:.1f} GiB; free some space, or give {store.flag} a folder on a larger disk"
         )
 
 

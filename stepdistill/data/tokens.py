@@ -7,7 +7,9 @@ token at s + 1 and by its mask (:meth:`Tokens.of`).
 
 from __future__ import annotations
 
+import hashlib
 import logging
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -89,6 +91,13 @@ class TokenRows:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def fingerprint(self) -> str:
+        """sha256 of all rows in order: of their ids, and of which are targets."""
+        digest = hashlib.sha256()
+        for row in self.rows:
+            digest.update(array("q", [len(row.ids), *row.ids]).tobytes() + bytes(row.learned))
+        return digest.hexdigest()
 
     def batch(self, indices: Sequence[int], rng: StepRandom) -> Batch:
         """Rows `indices`."""

@@ -14,46 +14,19 @@ from typing import Any
 
 import torch
 from packaging.version import Version
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import InputError
-from .divergences import log_probs
+from .divergences import Divergence, log_probs
+from .head import Head
 from .reduction import Objective, TokenLoss, valid_rows
+from .targets import Buckets, Compared, Target, compared
 
 CHUNK = 256  # tokens whose logits are there at once
 CACHED = 2**16  # logits worked on at once within a chunk on a CPU, so that a dozen passes over them stay in its cache
 PART = 8192  # entries of a 16-bit head that are widened at once
 AT_ONCE = 2**24  # the same elsewhere: few launches, bounded memory
 WIDE_PRODUCTS = Version(torch.__version__) >= Version("2.8")  # torch.mm has an out_dtype, on CUDA
-
-
-@dataclass(frozen=True)
-class Head:
-    """An output layer: logits = c tanh(z / c), z = h W^T + b. A scale of the logits belongs on h.
-
-    Attributes:
-        weight: W, [V, H]; may be tied to the embedding.
-        bias: b, [V].
-        softcap: c (Gemma's final_logit_softcapping), None for plain z.
-    """
-
-    weight: Tensor
-    bias: Tensor | None = None
-    softcap: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.softcap is not None and not self.softcap > 0:
-            raise ValueError(f"expected a softcap > 0 or None, got {self.softcap}")
-
-    @classmethod
-    def of(cls, layer: nn.Linear, softcap: float | None = None) -> Head:
-        """The head of a module: its weight and bias as they are now."""
-        return cls(layer.weight, layer.bias, softcap)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[..., H] -> [..., V], dense and differentiable."""
-        z = nn.functional.linear(hidden, self.weight, self.bias)
-        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
 
 def chunked_loss(
@@ -81,27 +54,55 @@ def chunked_loss(
         labels: [...] int64, looked at where mask holds.
         chunk_size: tokens whose logits are held at once: memory against speed, the same result.
     """
-    if chunk_size < 1:
-        raise InputError(f"expected chunk_size >= 1, got {chunk_size}; fix --method.chunk_size")
     rows, chosen = valid_rows(objective, student_hidden, teacher_hidden, mask, labels, len(student_head.weight))
-    teacher = None
+    target = None
     if objective.kd_weight and teacher_hidden is not None:
         if teacher_head is None:
             raise ValueError("expected the teacher's head for the divergence, got None")
-        teacher = _Teacher(teacher_hidden.detach().flatten(0, -2), rows, teacher_head)
-    work = _Work(objective, student_head.softcap, teacher, chosen, chunk_size, torch.is_grad_enabled())
-    h = student_hidden.flatten(0, -2).index_select(0, rows)
-    total, kd, ce = _Loss.apply(h, student_head.weight, student_head.bias, work)
+        shared = min(len(student_head.weight), len(teacher_head.weight))
+        target = _Live(teacher_hidden.detach().flatten(0, -2), rows, teacher_head, shared, _wide(student_hidden))
+    return _summed(objective, student_hidden, student_head, rows, target, chosen, chunk_size)
+
+
+def bucket_loss(
+    objective: Objective,
+    student_hidden: Tensor,
+    student_head: Head,
+    buckets: Buckets,
+    mask: Tensor,
+    labels: Tensor | None = None,
+    chunk_size: int = CHUNK,
+) -> TokenLoss:
+    """What :func:`.targets.dense_bucket_loss` gives for the head's logits; everything else as in :func:`chunked_loss`."""
+    buckets.asked.check(objective.divergence, len(student_head.weight))
+    rows, chosen = valid_rows(objective, student_hidden, buckets.log_probs, mask, labels, len(student_head.weight))
+    target = buckets.chosen(rows, _wide(student_hidden)) if objective.kd_weight else None
+    return _summed(objective, student_hidden, student_head, rows, target, chosen, chunk_size)
+
+
+def _summed(
+    objective: Objective, hidden: Tensor, head: Head, rows: Tensor, target: Target | None, labels: Tensor | None, size: int
+) -> TokenLoss:  # fmt: skip
+    if size < 1:
+        raise InputError(f"expected chunk_size >= 1, got {size}; fix --method.chunk_size")
+    work = _Work(objective, head.softcap, target, labels, size, torch.is_grad_enabled())
+    total, kd, ce = _Loss.apply(hidden.flatten(0, -2).index_select(0, rows), head.weight, head.bias, work)
     return TokenLoss(total, kd, ce, len(rows))
 
 
-@dataclass(frozen=True)
-class _Teacher:
-    """Hidden states of all tokens [M, H], numbers of the N valid ones, and the head."""
+@torch.no_grad()
+def chunked_logits(hidden: Tensor, head: Head, entries: int, chunk_size: int = CHUNK) -> Iterator[Tensor]:
+    """The first logits [c, entries] of hidden states [N, H], a chunk after the other, in the losses' own precision."""
+    layer = _Layer(head, entries, _wide(hidden))
+    for part in hidden.split(chunk_size):
+        z = hidden.new_empty(len(part), entries, dtype=_wide(hidden))
+        layer.write(part, z)
+        yield z
 
-    hidden: Tensor
-    rows: Tensor
-    head: Head
+
+def _wide(hidden: Tensor) -> torch.dtype:
+    """The precision of logits, and of all sums."""
+    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
 
 @dataclass(frozen=True)
@@ -110,10 +111,32 @@ class _Work:
 
     objective: Objective
     softcap: float | None
-    teacher: _Teacher | None
+    target: Target | None
     labels: Tensor | None
     chunk_size: int
     differentiates: bool
+
+
+class _Live(Target):
+    """Hidden states of all tokens [M, H], numbers of the N valid ones, and the head; `entries` is how many both heads have."""
+
+    def __init__(self, hidden: Tensor, rows: Tensor, head: Head, entries: int, wide: torch.dtype) -> None:
+        self.hidden, self.rows, self.shared = hidden, rows, entries
+        self.layer, self.start, self.z = _Layer(head, entries, wide), 0, hidden.new_empty(0, entries, dtype=wide)
+
+    @property
+    def entries(self) -> int:
+        return self.shared
+
+    def read(self, part: slice) -> None:
+        hidden, self.start = self.hidden.index_select(0, self.rows[part]), part.start
+        if len(self.z) < len(hidden):  # the first part is the longest
+            self.z = self.z.new_empty(len(hidden), self.shared)
+        self.layer.write(hidden, self.z[: len(hidden)])
+
+    def compare(self, divergence: Divergence, z: Tensor, at: slice, differentiates: bool) -> Compared:
+        log_q, log_p = divergence.log_probs(z, self.z[at.start - self.start : at.stop - self.start])
+        return Compared(log_q, *compared(divergence, log_q, log_p, differentiates))
 
 
 class _Loss(torch.autograd.Function):
@@ -185,13 +208,11 @@ class _Pass:
 
     def __init__(self, h: Tensor, weight: Tensor, bias: Tensor | None, work: _Work, wanted: list[bool]) -> None:
         self.h, self.work, self.wanted, self.inputs = h, work, wanted, (h, weight, bias)
-        self.wide = torch.float64 if h.dtype == torch.float64 else torch.float32
-        teacher = work.teacher
-        self.shared = 0 if teacher is None else min(len(weight), len(teacher.head.weight))
+        self.wide = _wide(h)
+        self.shared = 0 if work.target is None else work.target.entries
         self.used = self.shared if work.labels is None else len(weight)  # entries of the student that are looked at
         head = Head(weight, bias, work.softcap)
         self.student = _Layer(head, self.used, self.wide)
-        self.teacher = None if teacher is None else _Layer(teacher.head, self.shared, self.wide)
         self.sums = [
             torch.zeros(x.shape, dtype=self.wide, device=x.device) if x is not None and asked else None
             for x, asked in zip(self.inputs, wanted, strict=True)
@@ -199,33 +220,28 @@ class _Pass:
 
     def run(self) -> Tensor:
         """Values of divergence and cross-entropy, [2, N]."""
-        count, size, teacher = len(self.h), self.work.chunk_size, self.work.teacher
+        count, size, target = len(self.h), self.work.chunk_size, self.work.target
         values = self.h.new_zeros(2, count, dtype=self.wide)
         z = self.h.new_empty(min(size, count), self.used, dtype=self.wide)
-        z_teacher = self.h.new_empty(len(z), self.shared, dtype=self.wide)
         for start in range(0, count, size):
             rows = slice(start, min(start + size, count))
             n = rows.stop - start
             self.student.write(self.h[rows], z[:n])
-            if self.teacher is not None and teacher is not None:
-                self.teacher.write(teacher.hidden.index_select(0, teacher.rows[rows]), z_teacher[:n])
+            if target is not None:
+                target.read(rows)
             for tile in _tiles(n, self.used, z.device.type):
                 at = slice(start + tile.start, start + tile.stop)
-                self._tile(z[tile], z_teacher[tile], at, values[:, at])
+                self._tile(z[tile], at, values[:, at])
             self._accumulate(z[:n], rows)
         return values
 
-    def _tile(self, z: Tensor, z_teacher: Tensor, at: slice, values: Tensor) -> None:
+    def _tile(self, z: Tensor, at: slice, values: Tensor) -> None:
         """Writes the values [2, n] of tokens `at`, and in the place of their logits z [n, used] the objective's gradient."""
         objective, d, differentiates = self.work.objective, self.work.objective.divergence, any(self.wanted)
         slope = None if self.work.softcap is None else 1.0 - (z / self.work.softcap).square_()  # of c tanh(z / c)
         log_q = gradient = None
-        if self.shared:
-            log_q, log_p = d.log_probs(z, z_teacher)
-            if differentiates:
-                values[0], gradient = d.value_and_gradient(log_q, log_p)
-            else:
-                values[0] = d.temperature**2 * d.value(log_q, log_p)
+        if self.work.target is not None:
+            log_q, values[0], gradient = self.work.target.compare(d, z[:, : self.shared], at, differentiates)
         if self.work.labels is not None:
             label = self.work.labels[at, None]
             if log_q is None or d.temperature != 1.0 or self.used != self.shared:

@@ -10,17 +10,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
-
 from ..batch import Batch
 from ..data.tokens import Tokens
 from ..errors import InputError
 from ..method import Losses, Method
 from ..networks.network import Network
-from .chunked import CHUNK, chunked_loss
+from .chunked import CHUNK
 from .divergences import Divergence
-from .networks import CausalLM, smaller_teacher
-from .reduction import Objective, TokenLoss, dense_loss, next_token
+from .networks import CausalLM
+from .reduction import Objective
+from .signal import Signal, signal_of, token_loss
 
 
 @dataclass
@@ -64,19 +63,20 @@ class LanguageModelKD(Method):
     Args:
         config: the constants.
         student: in train mode.
-        teacher: frozen; a table of logits padded to another size is compared on the entries that both have.
+        teacher: a frozen model, or any :class:`.signal.Signal`.
+
+    Raises InputError for an objective or a student that the signal can't serve.
     """
 
-    def __init__(self, config: LanguageModelKDConfig, student: CausalLM, teacher: CausalLM) -> None:
-        self.config, self.student, self.teacher = config, student, teacher
-        self.note = smaller_teacher(student, teacher)
+    def __init__(self, config: LanguageModelKDConfig, student: CausalLM, teacher: CausalLM | Signal) -> None:
+        self.config, self.student, self.signal = config, student, signal_of(teacher)
+        self.note = self.signal.check(config.objective(), student)
 
     def networks(self) -> dict[str, Network]:
         return {"student": self.student}
 
     def training_step(self, batch: Batch) -> Losses:
-        tokens = Tokens.of(batch)
-        return token_loss(self.config.objective(), self.student, self.teacher, tokens, self.config.chunk_size).losses()
+        return self.signal.loss(self.config.objective(), self.student, batch, self.config.chunk_size).losses()
 
     def watch(self, means: Mapping[str, float]) -> str:
         note, self.note = self.note, ""
@@ -99,21 +99,3 @@ class NextToken(Method):
     def training_step(self, batch: Batch) -> Losses:
         found = token_loss(Objective(kd_weight=0.0, ce_weight=1.0), self.student, None, Tokens.of(batch))
         return Losses({"cross_entropy": found.mean}, count=float(found.count))
-
-
-def token_loss(
-    objective: Objective, student: CausalLM, teacher: CausalLM | None, tokens: Tokens, chunk_size: int = CHUNK
-) -> TokenLoss:
-    """The objective summed over the targets of `tokens`; the teacher has no graph, and may be None where it has no weight."""
-    given = tokens.input_ids, tokens.attention_mask
-    targets = tokens.input_ids, tokens.loss_mask, tokens.attention_mask
-    factored = student.is_factored and (teacher is None or teacher.is_factored)
-    theirs = None
-    if teacher is not None:
-        with torch.no_grad():
-            theirs, _, _ = next_token(teacher.hidden(*given) if factored else teacher(*given), *targets)
-    ours, labels, mask = next_token(student.hidden(*given) if factored else student(*given), *targets)
-    if not factored:
-        return dense_loss(objective, ours, theirs, mask, labels)
-    head = None if teacher is None else teacher.head
-    return chunked_loss(objective, ours, student.head, theirs, head, mask, labels, chunk_size)

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from ..errors import InputError
 from ..networks.lora import Adapters, StudentConfig
 from ..networks.network import Network
-from .chunked import Head
+from .head import Head
 
 LOGIT_SCALES = ("logit_scale", "lm_head_multiplier")  # factors on the logits, by their names in configs
 LOGIT_DIVISORS = ("logits_scaling",)
@@ -276,10 +276,14 @@ def sizes(networks: Mapping[str, Network]) -> dict[str, int]:
 
 def smaller_teacher(student: Network, teacher: Network) -> str:
     """What to say where the teacher is the smaller of the two; "" otherwise."""
-    count = sizes({"student": student, "teacher": teacher})
-    if count["teacher"] >= count["student"]:
+    return told_sizes(**sizes({"student": student, "teacher": teacher}))
+
+
+def told_sizes(student: int, teacher: int) -> str:
+    """The same of numbers of parameters."""
+    if teacher >= student:
         return ""
     return (
-        f"the teacher ({count['teacher']:,} parameters) is smaller than the student ({count['student']:,}): are --teacher.path "
-        "and --student.path the wrong way round?"
+        f"the teacher ({teacher:,} parameters) is smaller than the student ({student:,}): are --teacher.path and "
+        "--student.path the wrong way round?"
     )

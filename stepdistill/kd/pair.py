@@ -8,12 +8,14 @@ from typing import Any, Generic, Literal, TypeVar
 
 import torch
 
-from ..data.text import Example
+from ..data.text import Example, TextConfig
+from ..data.tokens import TokenRows
 from ..errors import InputError
 from ..networks.lora import StudentConfig
 from .layouts import bert_layout, gpt2_layout, train_masked_tokenizer, train_tokenizer
 from .masked import MaskedLM
 from .networks import CausalLM, LanguageModel
+from .teacher_cache import CachedRows, Key
 from .vocabulary import check_same_tokens
 
 DEMO = "demo"
@@ -31,6 +33,7 @@ class LMTeacherConfig:
             student's for a demo.
         layers: of the demo.
         width: of the demo.
+        cache: a folder of `stepdistill cache-logits`, which answers in training in the place of the checkpoint at `path`.
     """
 
     path: str = DEMO
@@ -38,8 +41,14 @@ class LMTeacherConfig:
     fit_steps: int | None = None
     layers: int = 4
     width: int = 128
+    cache: str | None = None
 
     def __post_init__(self) -> None:
+        if self.cache is not None and (self.path == DEMO or self.fit_steps):
+            raise InputError(
+                f"expected a finished teacher with a cache of its answers, got {self.path!r}, which is trained in the run; "
+                "give --teacher.path the checkpoint that was cached and no --teacher.fit_steps, or drop --teacher.cache"
+            )
         if self.fit_steps is not None and self.fit_steps < 0:
             raise InputError(f"expected fit_steps >= 0, got {self.fit_steps}; fix --teacher.fit_steps")
         _check_layout("teacher", self.layers, self.width)
@@ -158,7 +167,25 @@ class Pair(Generic[M]):
         return found[0] if found else self.kind.tokenizer(examples, vocabulary, self.window)
 
     def teacher(self, trains: bool = False) -> M:
-        """The teacher, opened: with weights that are to be trained first, in float32, or frozen."""
+        """The teacher, opened: with weights that are to be trained first, in float32, or frozen.
+
+        InputError where a cache is to stand for it, of which only methods on given text know.
+        """
+        if self.teacher_config.cache is not None:
+            raise InputError(
+                "expected the teacher itself, got a cache of its answers to one text; this method asks it about others: drop "
+                "--teacher.cache, or use recipes/lm_kd.py"
+            )
+        return self.live_teacher(trains)
+
+    def cached(self, rows: TokenRows, text: TextConfig) -> CachedRows:
+        """The rows with the teacher's answers from its cache; `text` says where the rows came from."""
+        if (folder := self.teacher_config.cache) is None:
+            raise ValueError("expected --teacher.cache, got none")
+        return CachedRows(folder, rows, key_of(self.teacher_config, rows, self.tokenizer, text))
+
+    def live_teacher(self, trains: bool = False) -> M:
+        """The teacher, opened, also where a cache stands for it in training: to be measured."""
         dtype = torch.float32 if trains else self.dtype
         teacher = self._network(self.teacher_config, "--teacher.path", self.seed, dtype)
         return teacher.student(StudentConfig(kind="full")) if trains else teacher.frozen()
@@ -184,9 +211,24 @@ class Pair(Generic[M]):
         else:
             model = load_model(self.kind.auto, config.path, flag, config.revision, dtype)
         network = self.kind.network(model.to(self.device))
-        if network.window is not None and network.window < self.window:
-            raise InputError(
-                f"expected blocks that fit in the {network.window} positions of {config.path!r}, got {self.window} tokens; "
-                "lower --data.block_size"
-            )
+        check_window(network, config.path, self.window)
         return network
+
+
+def check_window(network: LanguageModel, path: str, window: int) -> None:
+    """InputError for a model without so many positions."""
+    if network.window is not None and network.window < window:
+        raise InputError(
+            f"expected blocks that fit in the {network.window} positions of {path!r}, got {window} tokens; lower "
+            "--data.block_size"
+        )
+
+
+def key_of(teacher: LMTeacherConfig, rows: TokenRows, tokenizer: Any, text: TextConfig) -> Key:
+    """What a cache of this teacher's answers to these rows is known by; reads the checkpoint's files, opens no model."""
+    from ..networks.pretrained import checkpoint_hash
+
+    found = checkpoint_hash(teacher.path, "--teacher.path", teacher.revision)
+    facts = {"path": teacher.path, "revision": teacher.revision, "sha256": found}
+    source = {name: vars(text)[name] for name in ("path", "split", "text_column", "block_size", "held_out")}
+    return Key.of(facts, rows, tokenizer, source)

@@ -94,14 +94,22 @@ def dense_loss(
     z = student_logits.flatten(0, -2).index_select(
         0, rows
     )  # before any exp: what a masked token holds is never looked at
-    total = kd = ce = log_probs(z[:0]).sum()  # 0, with a graph
+    kd = None
     if objective.kd_weight and teacher_logits is not None:
-        kd = objective.divergence(z, teacher_logits.detach().flatten(0, -2).index_select(0, rows)).sum()
-        total = total + objective.kd_weight * kd
-    if chosen is not None:
-        ce = functional.nll_loss(log_probs(z), chosen, reduction="sum")
+        kd = objective.divergence(z, teacher_logits.detach().flatten(0, -2).index_select(0, rows))
+    return added(objective, z, kd, chosen)
+
+
+def added(objective: Objective, z: Tensor, kd: Tensor | None, labels: Tensor | None) -> TokenLoss:
+    """The objective of N valid tokens from logits [N, V], values of the divergence [N] and labels [N], if there are any."""
+    total = kd_sum = ce = log_probs(z[:0]).sum()  # 0, with a graph
+    if kd is not None:
+        kd_sum = kd.sum()
+        total = total + objective.kd_weight * kd_sum
+    if labels is not None:
+        ce = functional.nll_loss(log_probs(z), labels, reduction="sum")
         total = total + objective.ce_weight * ce
-    return TokenLoss(total, kd.detach(), ce.detach(), len(rows))
+    return TokenLoss(total, kd_sum.detach(), ce.detach(), len(z))
 
 
 def valid_rows(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,39 @@ def load_tokenizer(path: str, flag: str, revision: str | None = None) -> Any:
         return AutoTokenizer.from_pretrained(
             str(Path(path).expanduser()) if is_local(path) else path, revision=revision or "main"
         )
+
+
+def checkpoint_hash(path: str, flag: str, revision: str | None = None) -> str:
+    """sha256 of the weights at `path`, of a tensor at a time and without a model; the same however files part them."""
+    from safetensors import safe_open
+
+    check_place(path, flag, revision)
+    digest = hashlib.sha256()
+    with explained(f"weights in safetensors at {path!r}", flag), ExitStack() as stack:
+        files = [stack.enter_context(safe_open(place, framework="pt")) for place in _weight_files(path, revision)]
+        for name, number in sorted((name, i) for i, file in enumerate(files) for name in file.keys()):  # noqa: SIM118
+            tensor = files[number].get_tensor(name)
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _weight_files(path: str, revision: str | None) -> list[str]:
+    """Those that Transformers reads: a single one, or what an index lists."""
+    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+    def found(name: str, missing: bool = False) -> str | None:
+        place = str(Path(path).expanduser()) if is_local(path) else path
+        file: str | None = cached_file(
+            place, name, revision=revision or "main", _raise_exceptions_for_missing_entries=not missing
+        )
+        return file
+
+    if single := found(SAFE_WEIGHTS_NAME, missing=True):
+        return [single]
+    index = Path(str(found(SAFE_WEIGHTS_INDEX_NAME)))
+    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    return [str(found(name)) for name in names]
 
 
 def check_place(path: str, flag: str, revision: str | None = None, file: str = "config.json") -> None:
