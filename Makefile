@@ -19,11 +19,14 @@ demo: .venv  ## distil the demo teacher into an LCM-LoRA and show what it can do
 	GOMP_SPINCOUNT=10000 $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		--num_cpu_threads_per_process $(THREADS) recipes/lcm_lora.py --train.resume_from_checkpoint latest $(ARGS)
 
+# a process a core, each on one thread; a file's tests stay in one process, since they share what its fixtures made
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(THREADS) --dist loadfile
+
 test: .venv  ## all quick tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 slow: .venv  ## all tests
-	$(BIN)/python -m pytest -m 'slow or not slow' $(ARGS)
+	$(PYTEST) -m 'slow or not slow' $(ARGS)
 
 lint: .venv  ## style, imports, types
 	$(BIN)/ruff check .
