@@ -59,12 +59,12 @@ def finish(
         "perplexity": {name: s.perplexity for name, s in found.items()},
         "accuracy": {name: s.accuracy for name, s in found.items()},
         "masked_words": found["student"].count, "tokens": exam.tokens, "window": exam.window, "masks": len(exam.looks),
-        "layers": list(layers),
+        "layers": list(layers), "parameters": sizes(models),
     }  # fmt: skip
     if "control" in found:
         gap = gap_closed(*(found[name].perplexity for name in ("control", "student", "teacher")))
         results["gap_closed"] = None if math.isnan(gap) else gap
-    table = _table(found, sizes(models), results)
+    table = _table(found, results)
     sections = {"Results": table}
     if exam.prompts:
         guessed = {name: exam.guesses(models[name]) for name in ORDER if name in models}
@@ -85,7 +85,8 @@ def finish(
     return results
 
 
-def _table(found: Mapping[str, Score], parameters: Mapping[str, int], results: Mapping[str, Any]) -> str:
+def _table(found: Mapping[str, Score], results: Mapping[str, Any]) -> str:
+    parameters = results["parameters"]
     rows = ["| model | parameters | perplexity at masked words | guessed right |", "|---|---|---|---|"]
     for name, s in found.items():
         size = parameters.get(name, parameters["student"])
