@@ -111,10 +111,10 @@ def words(options: Benchmark, folder: Path, seed: int, flags: Sequence[str] = ()
     return ["--config", str(options.demo), *shlex.split(options.settings), *flags, *own]
 
 
-def recipe_of(options: Benchmark) -> ModuleType:
+def recipe_in(script: Path) -> ModuleType:
     """The recipe's file as a module."""
-    name = f"recipe_{options.recipe}"
-    spec = importlib.util.spec_from_file_location(name, options.script)
+    name = f"recipe_{script.stem}"
+    spec = importlib.util.spec_from_file_location(name, script)
     assert spec is not None and spec.loader is not None
     sys.modules[name] = module = importlib.util.module_from_spec(spec)  # dataclasses look their module up
     spec.loader.exec_module(module)
@@ -128,7 +128,7 @@ def plan(options: Benchmark) -> dict[str, dict[int, Parsed[Any]]]:
     """
     from stepdistill.training.config import flat_yaml
 
-    kind, found = recipe_of(options).Recipe, dict[str, dict[int, Parsed[Any]]]()
+    kind, found = recipe_in(options.script).Recipe, dict[str, dict[int, Parsed[Any]]]()
     found["teacher"] = {0: parse(kind, words(options, options.folder / "teacher", 0))}
     for name, flags in {CONTROL: list[str](), **options.flags()}.items():
         found[name] = {}

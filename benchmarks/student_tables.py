@@ -1,4 +1,4 @@
-"""Tables of students beside their control group, over several seeds: what language_students.py and image_students.py wrote."""
+"""Tables of students beside their control group, over several seeds: what language_, image_ and bert_students.py wrote."""
 
 import json
 from pathlib import Path
@@ -89,3 +89,55 @@ def image_students(path: Path) -> str:
     )
     head = ["model", "parameters", "ms an image", "accuracy", *AGAINST, "gap closed"]
     return "\n".join([*aligned(head, cells), "", how])
+
+
+BERT_NAMES = {
+    "before": "student before training",
+    "random": "student from random weights",
+    "student": "student",
+    "control": "control",
+    "teacher": "teacher",
+}
+BERT_MEASURES = {"perplexity": ("perplexity at masked words", ".2f"), "accuracy": ("accuracy", ".1%")}
+
+
+def bert_students(path: Path) -> str:
+    """What benchmarks/bert_students.py measured, and how to read it."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    models, size = data["models"], data["parameters"]
+    measures = [name for name in BERT_MEASURES if name in models["student"]]
+    head = ["model", "parameters"]
+    for measure in measures:
+        head += [BERT_MEASURES[measure][0], *AGAINST]
+    cells = []
+    for name in sorted(models, key=["teacher", "before", "control", "random", "student"].index):
+        line = [BERT_NAMES[name], f"{size.get(name, size['student']):,}"]
+        for measure in measures:
+            found, spec = models[name][measure], BERT_MEASURES[measure][1]
+            told = _difference(found["minus_control"], f"+{spec}") if "minus_control" in found else [""] * 3
+            line += [_mean(found, spec), *told]
+        cells.append([*line, _mean(data["gap_closed"], ".1%") if name == "student" else ""])
+    return "\n".join([*aligned([*head, "gap closed"], cells), "", _how_berts(data, measures[0])])
+
+
+def _how_berts(data: dict[str, Any], gap: str) -> str:
+    about, measured, environment = data["protocol"], data["measured"], data["environment"]
+    steps = ", ".join(f"{name} {count}" for name, count in about["steps"].items() if count)
+    if "test_texts" in measured:
+        on = (
+            f"{measured['test_texts']:,} held-out texts of {len(measured['classes'])} classes, {measured['trained_on']:,} to "
+            "train on"
+        )
+    else:
+        on = (
+            f"{measured['masked_words']:,} masked words of {measured['tokens']:,} held-out tokens in blocks of "
+            f"{measured['window']}, read {measured['masks']} times with other words masked"
+        )
+    return (
+        f"`recipes/{about['recipe']}.py`, seeds {', '.join(map(str, about['seeds']))}, each with a teacher, a control and a "
+        f"student of its own: means and standard deviations, on {on}. Control: the student's first weights, as many steps "
+        f"without a teacher. Steps of {about['batch']} at a rate of {about['learning_rate']:g}: {steps}. A difference is taken "
+        "within each seed, with Student's interval; beyond the noise: it does not hold 0. Gap in "
+        f"{gap} between control and teacher (torch "
+        f"{environment['torch']}, accelerator {environment['accelerator']})."
+    )

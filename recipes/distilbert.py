@@ -9,6 +9,7 @@ from pathlib import Path
 from stepdistill.config import Parsed, run
 from stepdistill.data.masked import MaskingConfig
 from stepdistill.data.text import TextConfig
+from stepdistill.export.config import NetworkExportConfig
 from stepdistill.kd.distilbert import DistilBERTConfig, ShallowConfig
 from stepdistill.kd.masked_evaluation import MaskedEvalConfig
 from stepdistill.kd.pair import LMTeacherConfig
@@ -25,6 +26,7 @@ class Recipe:
     masking: MaskingConfig = field(default_factory=MaskingConfig)
     method: DistilBERTConfig = field(default_factory=DistilBERTConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    export: NetworkExportConfig = field(default_factory=NetworkExportConfig)
     eval: MaskedEvalConfig = field(default_factory=MaskedEvalConfig)
     vocabulary: int = 2048
     control: bool = True
@@ -35,6 +37,7 @@ class Recipe:
 def main(parsed: Parsed[Recipe]) -> None:
     from stepdistill.data.masked import Alphabet, MaskedRows, framed_blocks
     from stepdistill.data.text import open_texts
+    from stepdistill.export.hub import check_hub
     from stepdistill.export.masked_lm import finish, writer
     from stepdistill.export.transformer import weights_hash
     from stepdistill.kd.distilbert import DistilBERT
@@ -45,6 +48,7 @@ def main(parsed: Parsed[Recipe]) -> None:
 
     r = parsed.recipe
     trainer, seed, recompute = Trainer(r.train, r.output_dir, parsed.yaml), r.train.seed, r.train.gradient_checkpointing
+    check_hub(r.export, r.output_dir)
     texts, window = open_texts(r.data), r.data.block_size
     pair = Pair(MASKED, r.teacher, None, texts.train, r.vocabulary, window, seed, trainer.device)
     data = MaskedRows(framed_blocks(texts.train, pair.tokenizer, window), Alphabet.of(pair.tokenizer), r.masking)
@@ -67,7 +71,7 @@ def main(parsed: Parsed[Recipe]) -> None:
     method = DistilBERT(r.method, students["student"], teacher, data.share)
     trainer.fit(method, data, "student", on_validate=writer(exam, students["student"], r.output_dir))
     if trainer.is_main:
-        finish(r.output_dir, pair, exam, {"teacher": teacher, **students}, layers, before)
+        finish(r.output_dir, pair, exam, {"teacher": teacher, **students}, layers, before, r.export)
 
 
 if __name__ == "__main__":

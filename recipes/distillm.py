@@ -8,6 +8,7 @@ from pathlib import Path
 
 from stepdistill.config import Parsed, run
 from stepdistill.data.text import TextConfig
+from stepdistill.export.config import NetworkExportConfig
 from stepdistill.kd.distillm import DistiLLMConfig
 from stepdistill.kd.evaluation import EvalConfig
 from stepdistill.kd.pair import LMStudentConfig, LMTeacherConfig
@@ -23,6 +24,7 @@ class Recipe:
     data: TextConfig = field(default_factory=TextConfig)
     method: DistiLLMConfig = field(default_factory=DistiLLMConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    export: NetworkExportConfig = field(default_factory=NetworkExportConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     sft_steps: int = 0
     vocabulary: int = 2048
@@ -33,6 +35,7 @@ class Recipe:
 def main(parsed: Parsed[Recipe]) -> None:
     from stepdistill.data.text import open_texts
     from stepdistill.data.tokens import rows_of
+    from stepdistill.export.hub import check_hub
     from stepdistill.export.language_model import finish, writer
     from stepdistill.export.transformer import weights_hash
     from stepdistill.kd.distillm import DistiLLM
@@ -43,6 +46,7 @@ def main(parsed: Parsed[Recipe]) -> None:
 
     r = parsed.recipe
     trainer = Trainer(r.train, r.output_dir, parsed.yaml)
+    check_hub(r.export, r.output_dir)
     texts = open_texts(r.data)
     window, place = r.data.block_size, (trainer.device, trainer.weight_dtype)
     pair = Pair(CAUSAL, r.teacher, r.student, texts.train, r.vocabulary, window, r.train.seed, *place)
@@ -67,7 +71,7 @@ def main(parsed: Parsed[Recipe]) -> None:
     if trainer.is_main:
         new = r.method.max_new_tokens
         own = {name: own_text_divergence(lm, teacher, judged, new, end) for name, lm in students.items()}
-        finish(r.output_dir, "distillm", pair, exam, {"teacher": teacher, **students}, own_text=own)
+        finish(r.output_dir, "distillm", pair, exam, {"teacher": teacher, **students}, own_text=own, export=r.export)
 
 
 if __name__ == "__main__":

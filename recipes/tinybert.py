@@ -9,6 +9,7 @@ from pathlib import Path
 from stepdistill.config import Parsed, run
 from stepdistill.data.labelled_text import TaskConfig
 from stepdistill.data.text import TextConfig
+from stepdistill.export.config import NetworkExportConfig
 from stepdistill.kd.augmentation import AugmentConfig
 from stepdistill.kd.encoders import EncoderStudentConfig, StagesConfig
 from stepdistill.kd.pair import LMTeacherConfig
@@ -28,6 +29,7 @@ class Recipe:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     method: TinyBERTConfig = field(default_factory=TinyBERTConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    export: NetworkExportConfig = field(default_factory=NetworkExportConfig)
     vocabulary: int = 2048
     control: bool = True
     output_dir: str = "out/tinybert"
@@ -36,6 +38,7 @@ class Recipe:
 def main(parsed: Parsed[Recipe]) -> None:
     from stepdistill.data.labelled_text import open_task, text_rows
     from stepdistill.data.text import open_texts
+    from stepdistill.export.hub import check_hub
     from stepdistill.export.text_classifier import finish
     from stepdistill.export.transformer import weights_hash
     from stepdistill.kd.attention import Shape
@@ -48,6 +51,7 @@ def main(parsed: Parsed[Recipe]) -> None:
 
     r = parsed.recipe
     trainer, seed, s = Trainer(r.train, r.output_dir, parsed.yaml), r.train.seed, r.stages
+    check_hub(r.export, r.output_dir)
     task, length = open_task(r.task), r.task.length
     texts = task.apart_from(open_texts(r.data).train)
     place = (max(r.data.block_size, length), task.train.classes, seed, trainer.device)
@@ -82,7 +86,7 @@ def main(parsed: Parsed[Recipe]) -> None:
         trainer.fit(TextLabels(models["control"]), labelled, "control", steps=s.intermediate + r.train.max_train_steps)
     if trainer.is_main:
         told = {"general": s.general, "intermediate": s.intermediate, "prediction": r.train.max_train_steps}
-        finish(r.output_dir, encoders, models, test, told, len(labelled), general.map)
+        finish(r.output_dir, encoders, models, test, told, len(labelled), general.map, r.export)
 
 
 if __name__ == "__main__":

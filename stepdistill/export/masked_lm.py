@@ -7,16 +7,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..kd.evaluation import gap_closed, side_by_side
 from ..kd.masked import MaskedLM
 from ..kd.masked_evaluation import MaskedExamination, Score
 from ..kd.networks import sizes
 from ..kd.pair import Pair
 from .card import SAMPLES
+from .config import NetworkExportConfig
+from .hub import push
+from .language_model import probe
 from .transformer import Report, export_network
 
+TITLE, TASK = "Distilled masked language model", "fill-mask"
 ORDER = ("teacher", "random", "control", "student")
 NAMES = {
     "before": "student before training",
@@ -46,6 +48,7 @@ def finish(
     models: Mapping[str, MaskedLM],
     layers: Sequence[int],
     before: Mapping[str, Score],
+    export: NetworkExportConfig | None = None,
 ) -> dict[str, Any]:
     """Measures all models, exports the student and prints the table; returns the results.
 
@@ -53,39 +56,46 @@ def finish(
         models: "teacher" and "student", and "control" and "random" where there are such.
         layers: of the teacher, which the student is made of.
         before: the student's score before its training, as "before".
+        export: in which precision the student is written, and where it is uploaded.
     """
     found = {**before, **exam.scores({name: models[name] for name in ORDER if name in models})}
     results: dict[str, Any] = {
         "perplexity": {name: s.perplexity for name, s in found.items()},
         "accuracy": {name: s.accuracy for name, s in found.items()},
         "masked_words": found["student"].count, "tokens": exam.tokens, "window": exam.window, "masks": len(exam.looks),
-        "layers": list(layers),
+        "layers": list(layers), "parameters": sizes(models),
     }  # fmt: skip
     if "control" in found:
         gap = gap_closed(*(found[name].perplexity for name in ("control", "student", "teacher")))
         results["gap_closed"] = None if math.isnan(gap) else gap
-    table = _table(found, sizes(models), results)
+    table = _table(found, results)
     sections = {"Results": table}
     if exam.prompts:
         guessed = {name: exam.guesses(models[name]) for name in ORDER if name in models}
         sections["What they guess"] = side_by_side(exam.prompts, guessed)
     teacher = pair.teacher_config.path
     details = [
-        f"teacher: {teacher}, {sizes(models)['teacher']:,} parameters, {models['teacher'].depth} layers",
-        f"begun with its layers {', '.join(map(str, layers))} (from 0), its embeddings and its head",
-        f"tokenizer: {len(pair.tokenizer):,} tokens",
+        f"the teacher has {results['parameters']['teacher']:,} parameters and {models['teacher'].depth} layers",
+        *details_of(layers, pair.tokenizer),
     ]
-    report = Report(
-        "fill-mask", "distilbert", "Distilled masked language model", teacher, teacher, results, details, sections
-    )
-    ids = torch.arange(min(8, len(pair.tokenizer)))[None]
-    probe = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    export_network(folder, models["student"], pair.tokenizer, probe, report)
-    print(f"{table}\nthe student is in {folder}")
+    report = Report(TASK, "distilbert", TITLE, teacher, teacher, results, details, sections)
+    export = export or NetworkExportConfig()
+    export_network(folder, models["student"], pair.tokenizer, probe(pair.tokenizer), report, export.dtype)
+    address = push(folder, export)
+    print(f"{table}\nthe student is in {folder}{f', and at {address}' if address else ''}")
     return results
 
 
-def _table(found: Mapping[str, Score], parameters: Mapping[str, int], results: Mapping[str, Any]) -> str:
+def details_of(layers: Sequence[int], tokenizer: Any) -> list[str]:
+    """Lines of a student's card: what it was made of."""
+    return [
+        f"begun with its layers {', '.join(map(str, layers))} (from 0), its embeddings and its head",
+        f"tokenizer: {len(tokenizer):,} tokens",
+    ]
+
+
+def _table(found: Mapping[str, Score], results: Mapping[str, Any]) -> str:
+    parameters = results["parameters"]
     rows = ["| model | parameters | perplexity at masked words | guessed right |", "|---|---|---|---|"]
     for name, s in found.items():
         size = parameters.get(name, parameters["student"])

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -16,11 +16,6 @@ from ..networks.network import Network
 from ..training.checkpoint import Checkpoint, CheckpointStore
 from .config import CONFIG
 
-LISTS = (
-    "targets", "formats", "rungs", "times", "probabilities", "warmup_probabilities", "taps", "augmentations",
-    "depths", "widths",
-)  # fmt: skip
-PARSED: Mapping[str, Callable[[Any], Any]] = dict.fromkeys(LISTS, CommaList.parse)
 T = TypeVar("T")
 
 
@@ -47,7 +42,9 @@ def section(cls: type[T], sections: dict[str, Any], name: str, changes: dict[str
             f"expected the fields {', '.join(sorted(known))} in section {name} of {CONFIG}, got also "
             f"{', '.join(sorted(unknown))}; was it written by another version?"
         )
-    return cls(**{k: PARSED[k](v) if k in PARSED and v is not None else v for k, v in values.items()})
+    hints = get_type_hints(cls)
+    lists = {name for name in known if CommaList in (hints[name], *get_args(hints[name]))}
+    return cls(**{k: CommaList.parse(v) if k in lists and v is not None else v for k, v in values.items()})
 
 
 def load_student(student: Network, checkpoint: Checkpoint) -> None:

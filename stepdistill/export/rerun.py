@@ -29,7 +29,7 @@ from .ladd import add_sampling, ladd_sampling
 from .lcm import lcm_sampling
 from .progressive import guidance_sampling, progressive_sampling
 from .reading import find_checkpoint, load_student, section
-from .rerun_kd import export_distilled
+from .rerun_kd import export_distilled, is_distilled
 from .sampling import Sampling
 from .student import export_student
 
@@ -84,7 +84,7 @@ def export_run(
     """
     run, folder = Path(run), Path(output_dir or run)
     sections = read_config(run)
-    if "path" in (sections["student"] or {}):
+    if is_distilled(sections):
         changes = {"teacher": teacher or {}, "student": student or {}, "export": export or {}}
         return export_distilled(run, folder, sections, checkpoint, changes)
     if student:

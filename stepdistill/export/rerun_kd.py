@@ -10,56 +10,47 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
-
-from ..data.labelled import LabelledConfig, class_names
-from ..data.text import TextConfig, open_texts
-from ..data.tokens import rows_of
 from ..errors import InputError
-from ..kd.classifiers import ClassifierConfig, open_classifier
-from ..kd.gkd import GKD, GKDConfig
+from ..kd.distilbert import DistilBERTConfig, ShallowConfig
+from ..kd.distillm import DistiLLMConfig
+from ..kd.gkd import GKDConfig
 from ..kd.hinton import HintonConfig
 from ..kd.language_model import LanguageModelKDConfig
-from ..kd.pair import CAUSAL, DEMO, LMStudentConfig, LMTeacherConfig, Pair
-from ..networks.network import Network
+from ..kd.minillm import MiniLLMConfig
+from ..kd.pair import DEMO
+from ..kd.tinybert import TinyBERTConfig
 from ..training.checkpoint import Checkpoint, CheckpointStore
-from . import classifier, language_model
+from . import classifier, language_model, masked_lm, text_classifier
 from .config import NetworkExportConfig
 from .folder import read_facts
 from .hub import check_hub, push
 from .reading import find_checkpoint, load_student, section
+from .rebuild import (
+    TEACHER,
+    TUNED,
+    Changes,
+    Rebuilt,
+    image_classifier_of,
+    language_model_of,
+    masked_lm_of,
+    text_classifier_of,
+)
 from .transformer import Report, export_network, student_hash
 
-CPU = torch.device("cpu")
-TEACHER = "teacher"
 UNTAUGHT = {  # fits without a teacher: the title of a card
     TEACHER: "Teacher, trained for a distillation",
     "sft": "Student before its distillation, fine-tuned on text",
     "control": "Control group of a distillation, trained without a teacher",
     "labelsalone": "Control group of a distillation, trained without a teacher",
+    TUNED: "Teacher, fine-tuned for a distillation",
 }
-Changes = Mapping[str, dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Rebuilt:
-    """A network as it was before its training, and what is written beside it.
-
-    Attributes:
-        network: takes the checkpoint's tensors.
-        companion: tokenizer or image processor.
-        probe: inputs of its module.
-        base: path that it started from.
-        details: lines of the card.
-    """
-
-    network: Network
-    companion: Any
-    probe: Mapping[str, torch.Tensor]
-    base: str
-    details: list[str]
+PARTLY = {  # taught, and not the student that a recipe exports: the same
+    "random": f"{masked_lm.TITLE}, begun with random weights",
+    "general": "Text classifier amid its distillation, after general text: its head is untrained",
+    "intermediate": "Text classifier amid its distillation, before the task's answers: its head is untrained",
+}
 
 
 @dataclass(frozen=True)
@@ -67,14 +58,12 @@ class Recipe:
     """A recipe of classic distillation.
 
     Attributes:
-        task: of the networks.
         title: of the student's card.
         options: what the section `method` came from.
         student: (sections) -> the fit whose student the recipe exports.
         rebuild: (run, sections, changes, checkpoint) -> the network that this checkpoint is of.
     """
 
-    task: str
     title: str
     options: type[Any]
     student: Callable[[dict[str, Any]], str]
@@ -157,8 +146,9 @@ def _report(name: str, rebuilt: Rebuilt, found: Checkpoint, teacher: str, run: P
     """What is known of the network: the earlier facts where they are of these weights, else what it is and what is missing."""
     recipe, fit, earlier = RECIPES[name], found.state["fit"], read_facts(run)
     checkpoint = {"fit": fit, "step": found.step}
-    title = UNTAUGHT.get(fit.rsplit("-", 1)[0], recipe.title)
-    taught = teacher if title == recipe.title else None
+    stem = fit if fit in UNTAUGHT else fit.rsplit("-", 1)[0]
+    title = UNTAUGHT.get(stem) or PARTLY.get(fit, recipe.title)
+    taught = None if stem in UNTAUGHT else teacher
     results, details, sections = {}, rebuilt.details, {"Results": "None: the run had not come to its evaluation."}
     if earlier.get("results"):
         if earlier.get("student", {}).get("hash") == student_hash(rebuilt.network):
@@ -170,64 +160,28 @@ def _report(name: str, rebuilt: Rebuilt, found: Checkpoint, teacher: str, run: P
             )
         else:
             sections = {"Results": "None: the run's evaluation is not known to be of these weights."}
-    return Report(recipe.task, name, title, rebuilt.base, taught, results, details, sections, checkpoint)
-
-
-def _language_model(run: Path, sections: dict[str, Any], changes: Changes, found: Checkpoint) -> Rebuilt:
-    teacher = section(LMTeacherConfig, sections, "teacher", changes["teacher"])
-    student = section(LMStudentConfig, sections, "student", changes["student"])
-    data, tokenizer = section(TextConfig, sections, "data"), _tokenizer_in(run)
-    made = tokenizer is None and teacher.path == student.path == DEMO
-    texts = open_texts(data).train if made else []
-    vocabulary = sections.get("vocabulary", 0)
-    pair = Pair(CAUSAL, teacher, student, texts, vocabulary, data.block_size, 0, CPU, tokenizer=tokenizer)
-    if made:  # which is a function of the texts: are they those of the training?
-        prompt = data.prompt if found.state["run"]["method"] == GKD.__name__ else 0
-        rows, wanted = (
-            len(rows_of(texts, pair.tokenizer, data.block_size, prompt)),
-            found.state["run"]["number of samples"],
-        )
-        if rows != wanted:
-            raise InputError(
-                f"expected the texts that {run} was trained on, from which its tokenizer is made, got {rows} samples at "
-                f"{data.path!r} where checkpoint {found.path} had {wanted}; put them back (docstrings: the same Python)"
-            )
-    taught = found.state["fit"] != TEACHER
-    network = pair.student() if taught else pair.teacher(trains=True)
-    details = [f"tokenizer: {len(pair.tokenizer):,} tokens"]
-    return Rebuilt(
-        network, pair.tokenizer, language_model.probe(pair.tokenizer), (student if taught else teacher).path, details
-    )
-
-
-def _tokenizer_in(run: Path) -> Any:
-    """The tokenizer that an earlier export left in the run's folder; None without one."""
-    if "tokenizer_config.json" not in read_facts(run).get("files", []):
-        return None
-    from ..networks.pretrained import load_tokenizer
-
-    return load_tokenizer(str(run.resolve()), "RUN")
-
-
-def _classifier(run: Path, sections: dict[str, Any], changes: Changes, found: Checkpoint) -> Rebuilt:
-    role: Literal["teacher", "student"] = "teacher" if found.state["fit"] == TEACHER else "student"
-    config = section(ClassifierConfig, sections, role, changes[role])
-    data = section(LabelledConfig, sections, "data")
-    classes, side = class_names(data), data.resolution
-    network = open_classifier(config, role, 0, classes, CPU)
-    pixels = torch.linspace(-1.0, 1.0, 2 * 3 * side * side).view(2, 3, side, side)
-    details = [f"{len(classes)} classes, images of {side} pixels"]
-    return Rebuilt(
-        network, classifier.processor(network, side), classifier.probe(network, pixels), config.path, details
-    )
+    return Report(rebuilt.task, name, title, rebuilt.base, taught, results, details, sections, checkpoint)
 
 
 def _own_temperature(sections: dict[str, Any]) -> str:
     return classifier.fit_name(section(HintonConfig, sections, "method").temperature, 0)
 
 
+def is_distilled(sections: Mapping[str, Any]) -> bool:
+    """Whether the run is of classic distillation: its student has a path of its own, or is made of its teacher's layers."""
+    student = set(sections["student"] or {})
+    return "path" in student or bool(student and student <= {f.name for f in fields(ShallowConfig)})
+
+
+CAUSAL_OPTIONS = {
+    "lm_kd": LanguageModelKDConfig, "gkd": GKDConfig, "minillm": MiniLLMConfig, "distillm": DistiLLMConfig,
+}  # fmt: skip
 RECIPES = {
-    name: Recipe("text-generation", language_model.TITLES[name], options, lambda _: "student", _language_model)
-    for name, options in (("lm_kd", LanguageModelKDConfig), ("gkd", GKDConfig))
+    **{
+        name: Recipe(language_model.TITLES[name], options, lambda _: "student", language_model_of)
+        for name, options in CAUSAL_OPTIONS.items()
+    },
+    "hinton": Recipe(classifier.TITLE, HintonConfig, _own_temperature, image_classifier_of),
+    "distilbert": Recipe(masked_lm.TITLE, DistilBERTConfig, lambda _: "student", masked_lm_of),
+    "tinybert": Recipe(text_classifier.TITLE, TinyBERTConfig, lambda _: "prediction", text_classifier_of),
 }
-RECIPES["hinton"] = Recipe("image-classification", classifier.TITLE, HintonConfig, _own_temperature, _classifier)

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..data.labelled_text import TextRows
+from ..families.loading import is_local
 from ..kd.encoders import Encoders
 from ..kd.networks import sizes
 from ..kd.text_classifier import TextClassifier, accuracy
 from .classifier import gap_closed
+from .config import NetworkExportConfig
+from .hub import push
+from .language_model import probe
 from .transformer import Report, export_network
 
+TITLE, TASK = "Distilled text classifier", "text-classification"
 NAMES = {
     "teacher": "teacher, fine-tuned",
     "control": "student without teacher, as many steps",
@@ -31,6 +34,7 @@ def finish(
     steps: Mapping[str, int],
     trained_on: int,
     layers: tuple[int, ...],
+    export: NetworkExportConfig | None = None,
 ) -> dict[str, Any]:
     """Measures all models, exports the student and prints the table; returns the results.
 
@@ -40,6 +44,7 @@ def finish(
         steps: of each stage by name.
         trained_on: how many labelled texts there were.
         layers: the layer map.
+        export: in which precision the student is written, and where it is uploaded.
     """
     found = {name: accuracy(models[name], test) for name in NAMES if name in models}
     results: dict[str, Any] = {
@@ -50,27 +55,24 @@ def finish(
         results["gap_closed"] = gap_closed(found["control"], found["student"], found["teacher"])
     table = _table(results)
     teacher, student = encoders.pair.teacher_config.path, encoders.student_config.path
+    tuned = encoders.fine_tuned
     details = [
-        f"teacher: {teacher}" + (f", fine-tuned {encoders.fine_tuned}" if encoders.fine_tuned else ""),
+        f"the teacher has {results['parameters']['teacher']:,} parameters",
+        *([f"the teacher fine-tuned: {tuned}"] if tuned and not is_local(tuned) else []),  # cards name no place here
         f"layers of the teacher that its own learned from, embeddings first: {', '.join(map(str, layers))}",
-        f"classes: {', '.join(encoders.classes)}",
-        f"tokenizer: {len(encoders.tokenizer):,} tokens",
+        *details_of(encoders.classes, encoders.tokenizer),
     ]
-    report = Report(
-        "text-classification",
-        "tinybert",
-        "Distilled text classifier",
-        student,
-        teacher,
-        results,
-        details,
-        {"Results": table},
-    )
-    ids = torch.tensor([test.rows[0].ids])
-    probe = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    export_network(folder, models["student"], encoders.tokenizer, probe, report)
-    print(f"{table}\nthe student is in {folder}")
+    report = Report(TASK, "tinybert", TITLE, student, teacher, results, details, {"Results": table})
+    export = export or NetworkExportConfig()
+    export_network(folder, models["student"], encoders.tokenizer, probe(encoders.tokenizer), report, export.dtype)
+    address = push(folder, export)
+    print(f"{table}\nthe student is in {folder}{f', and at {address}' if address else ''}")
     return results
+
+
+def details_of(classes: Sequence[str], tokenizer: Any) -> list[str]:
+    """Lines of an encoder's card; one of no classes is no classifier."""
+    return [*([f"classes: {', '.join(classes)}"] if classes else []), f"tokenizer: {len(tokenizer):,} tokens"]
 
 
 def _table(results: Mapping[str, Any]) -> str:

@@ -107,6 +107,9 @@ def export_network(
         put_back(folder)
         rounded = round_weights(module, DTYPES[dtype])
         (rounded if dtype == "fp32" else copy.deepcopy(rounded).to(DTYPES[dtype])).save_pretrained(str(temp))
+        if LOADED[report.task] == "AutoTokenizer" and companion.is_fast:
+            companion.backend_tokenizer.no_truncation()  # its last call's, which the file would keep
+            companion.backend_tokenizer.no_padding()
         companion.save_pretrained(str(temp))
         for file in temp.glob("*.safetensors"):
             file.chmod(0o644)  # safetensors makes files that only their owner can read

@@ -94,6 +94,7 @@ class Encoders:
         classes: of the task.
         seed: of weights.
         device: where they go.
+        known: the tokenizer of all, where it is known; found or trained by default.
 
     Attributes:
         tokenizer: of all.
@@ -102,8 +103,9 @@ class Encoders:
     def __init__(
         self, teacher: LMTeacherConfig, student: EncoderStudentConfig, fine_tuned: str | None, examples: Sequence[Example],
         vocabulary: int, window: int, classes: Sequence[str], seed: int, device: torch.device,
+        known: Any = None,
     ) -> None:  # fmt: skip
-        self.pair = Pair(MASKED, teacher, None, examples, vocabulary, window, seed, device)
+        self.pair = Pair(MASKED, teacher, None, examples, vocabulary, window, seed, device, tokenizer=known)
         self.student_config, self.fine_tuned, self.classes = student, fine_tuned, tuple(classes)
         self.tokenizer = self.pair.tokenizer
         self._tuned = None if fine_tuned is None else self._open_tuned(fine_tuned)  # now, before anything trains
