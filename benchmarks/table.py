@@ -145,6 +145,20 @@ def _apart(path: Path) -> float:
     return max(row["largest difference of losses"] for row in found if "largest difference of losses" in row)
 
 
+def cached_teacher(path: Path) -> str:
+    """What benchmarks/cached_teacher.py measured, and how to read it."""
+    about, lines = _ratios(path)
+    stored = json.loads(path.read_text(encoding="utf-8"))["storage"]
+    sizes = "; ".join(f"k = {c['k']}: {c['bytes_per_token']:.0f} bytes, {c['of_fp16']:.1%}" for c in stored["caches"])
+    teacher, student = (about["parameters"][name] / 1e6 for name in ("teacher", "student"))
+    how = (
+        f"A step of distillation on text, batch {about['batch']} of {about['block_size']} tokens: a teacher of {teacher:.1f} "
+        f"million parameters, a student of {student:.1f}, both with random weights, {about['vocabulary']:,} tokens; "
+        f"{about['threads']} CPU thread, torch {about['torch']}, in turns. On disk a token takes, and of all its logits in fp16 that is, {sizes}."
+    )
+    return "\n".join([*lines, "", how])
+
+
 def curve(path: Path) -> str:
     """What benchmarks/steps_vs_quality.py measured, and how to read it."""
     data = json.loads(path.read_text(encoding="utf-8"))
@@ -183,6 +197,9 @@ BLOCKS = (
     Block("docs/guides/distilling_language_models.md", "language students", RESULTS / "lm_kd.json", language_students),
     Block("docs/guides/distilling_language_models.md", "own text", RESULTS / "gkd.json", language_students),
     Block("docs/guides/distilling_language_models.md", "image students", RESULTS / "hinton.json", image_students),
+    Block(
+        "docs/guides/distilling_language_models.md", "cached teacher", RESULTS / "cached_teacher.json", cached_teacher
+    ),
     Block("docs/guides/how_many_steps.md", "metric cost", RESULTS / "metric_cost.json", metric_cost),
 )
 
