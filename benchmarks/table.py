@@ -154,7 +154,8 @@ def cached_teacher(path: Path) -> str:
     how = (
         f"A step of distillation on text, batch {about['batch']} of {about['block_size']} tokens: a teacher of {teacher:.1f} "
         f"million parameters, a student of {student:.1f}, both with random weights, {about['vocabulary']:,} tokens; "
-        f"{about['threads']} CPU thread, torch {about['torch']}, in turns. On disk a token takes, and of all its logits in fp16 that is, {sizes}."
+        f"{about['threads']} CPU thread, torch {about['torch']}, in turns. On disk a token takes, "
+        f"and of all its logits in fp16 that is, {sizes}."
     )
     return "\n".join([*lines, "", how])
 
