@@ -128,6 +128,26 @@ def test_students_that_read_their_own_text_come_back(recipe: str, inputs: Path, 
         assert facts(tmp_path / fit)["teacher"] is None and facts(tmp_path / fit)["results"] == {}
 
 
+@pytest.mark.slow
+def test_a_student_of_prompts_alone_comes_back(inputs: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"Say what the {noun} does, {i}:"} for noun in NOUNS for i in range(4)]
+    (tmp_path / "prompts.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    alone = [
+        "--teacher.fit_steps",
+        0,
+        "--sft_steps",
+        0,
+        "--control",
+        "false",
+        "--data.path",
+        tmp_path / "prompts.jsonl",
+    ]
+    run = trained("minillm", inputs, tmp_path / "run", *alone)
+    early = stopped(run, tmp_path / "early")
+    export_run(early)
+    assert_same(weights(run), weights(early))
+
+
 MASKED_TITLE, CLASSIFIER_TITLE = "Distilled masked language model", "Text classifier amid its distillation, "
 UNTAUGHT = "Control group of a distillation, trained without a teacher"
 
