@@ -71,6 +71,8 @@ def main(parsed: Parsed[Recipe]) -> None:
         trainer.teacher = weights_hash(teacher)
     if s.tuning:
         trainer.fit(TextLabels(tuned), labelled, "fine-tuning", steps=s.tuning)
+    else:
+        trainer.teacher = weights_hash(tuned)
     tuned.frozen()
     if s.general:
         trainer.fit(general, whole, "general", steps=s.general)

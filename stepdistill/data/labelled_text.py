@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from ..randomness import StepRandom, key
 from .docstrings import docstrings
 from .text import Example
 from .tokens import padded
+
+log = logging.getLogger(__name__)
 
 GROUPS = 8  # classes of the demo
 SHORTEST = 6  # words of a paragraph; below it there is nothing to tell its package by
@@ -171,6 +174,10 @@ def _table(config: TaskConfig) -> tuple[Rows, Rows]:
     try:
         rows = load_rows(config.path, config.test_split)
     except InputError:  # no such split: the other one was there
+        log.warning(
+            "no split %r in %r: %.0f%% of split %r are measured on (--task.test_split, --task.held_out)",
+            config.test_split, config.path, 100 * config.held_out, config.split,
+        )  # fmt: skip
         return _parted(_once(train), config.held_out)
     return train, _read(config, rows, config.test_split)
 
@@ -185,12 +192,14 @@ def _read(config: TaskConfig, rows: Any, split: str) -> Rows:
     texts, labels = rows[config.text_column], rows[config.label_column]
     feature = rows.features[config.label_column]
     if isinstance(feature, datasets.ClassLabel):
-        if min(labels, default=0) < 0:  # as splits are published whose labels are kept secret
+        if any(
+            label is not None and label < 0 for label in labels
+        ):  # as splits are published whose labels are kept secret
             raise InputError(
                 f"expected a class in every row of split {split!r} of {config.path!r}, got none in some; fix --task.split or "
                 "--task.test_split (validation, often)"
             )
-        labels = [feature.int2str(label) for label in labels]
+        labels = [None if label is None else feature.int2str(label) for label in labels]
     pairs = [(str(text), str(label)) for text, label in zip(texts, labels, strict=True) if text and label is not None]
     return [(_letters(text), text, label) for text, label in pairs]
 

@@ -17,6 +17,7 @@ from ..data.labelled_text import Labelled, TextRow, TextRows, text_rows
 from ..errors import InputError
 from ..randomness import generator
 from .masked import MaskedLM
+from .masked_evaluation import logits_at
 
 BATCH = 32  # masked copies of a text at once
 
@@ -95,7 +96,9 @@ def _guesses(
             given = torch.tensor([ids]).repeat(len(here), 1)
             given[rows, here] = tokenizer.mask_token_id
             given = given.to(device)
-            logits = masked(given, torch.ones_like(given, dtype=torch.bool))[rows, here].cpu()
+            looked_at = torch.zeros_like(given, dtype=torch.bool)
+            looked_at[rows, here] = True
+            logits = logits_at(masked, given, torch.ones_like(looked_at), looked_at).cpu()
             logits[:, special] = -torch.inf
             likeliest = logits.topk(min(config.candidates, logits.shape[1] - len(special)), 1).indices
             found.update(zip(here.tolist(), likeliest.tolist(), strict=True))

@@ -125,7 +125,7 @@ class DistilBERT(Method):
 
     Args:
         config: the constants.
-        student: in train mode.
+        student: in train mode. Its head is frozen where hidden states alone are compared, which do not reach it.
         teacher: frozen, as wide as the student.
         share: :attr:`stepdistill.data.masked.MaskedRows.share` of the data.
     """
@@ -138,6 +138,8 @@ class DistilBERT(Method):
             )
         if not 0.0 < share <= 1.0:
             raise ValueError(f"expected a share of masked tokens in (0, 1], got {share}")
+        if config.kd_weight == config.mlm_weight == 0.0:  # DDP waits for a gradient of all that trains
+            student = student.layers_only()
         self.config, self.student, self.teacher, self.share = config, student, teacher, share
         self.note = smaller_teacher(student, teacher)
 

@@ -16,7 +16,7 @@ from ..errors import InputError
 from ..networks.lora import StudentConfig
 from .attention import Shape
 from .layouts import bert_layout, seeded
-from .masked import MaskedLM
+from .masked import MaskedLM, positions_of
 from .networks import TransformersNetwork
 from .pair import DEMO, MASKED, LMTeacherConfig, Pair
 from .text_classifier import TextClassifier
@@ -180,8 +180,8 @@ class Encoders:
 
         check_same_tokens(load_tokenizer(path, flag, revision), self.tokenizer, flag)
         model = load_model(auto, path, flag, revision).to(self.pair.device)
-        positions = int(model.config.max_position_embeddings)
-        if positions < self.pair.window:
+        positions = positions_of(model)
+        if positions is not None and positions < self.pair.window:
             raise InputError(
                 f"expected texts that fit in the {positions} positions of {path!r}, got {self.pair.window} tokens; lower "
                 "--data.block_size or --task.length"

@@ -6,10 +6,11 @@ is that last layer alone, and what it reads is what the transform gives.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor, nn
 
@@ -48,11 +49,7 @@ class MaskedLM(LanguageModel):
 
     @property
     def window(self) -> int | None:
-        """The most tokens that positions are there for; RoBERTa's begin after its padding's id."""
-        found = self.config.to_dict().get("max_position_embeddings")
-        table = dict(self.module.named_modules()).get(f"{self.body}.embeddings.position_embeddings")
-        first = table.padding_idx + 1 if isinstance(table, nn.Embedding) and table.padding_idx is not None else 0
-        return None if found is None else int(found) - first
+        return positions_of(self.module)
 
     @property
     def depth(self) -> int:
@@ -63,6 +60,15 @@ class MaskedLM(LanguageModel):
     def width(self) -> int:
         """Entries of a hidden state."""
         return int(self.config.hidden_size)
+
+    def layers_only(self) -> Self:
+        """The same weights, of which embeddings and layers train; what the head alone has is frozen, also in this network."""
+        layers = {id(parameter) for parameter in self.module.get_submodule(self.body).parameters()}
+        for parameter in self.module.parameters():
+            parameter.requires_grad_(id(parameter) in layers)
+        twin = copy.copy(self)
+        twin._fix_trainable()
+        return twin
 
     def _run(self, input_ids: Tensor, attention_mask: Tensor, **more: Any) -> Any:
         with self.active():
@@ -107,6 +113,14 @@ class MaskedLM(LanguageModel):
             yield kept
         finally:
             handle.remove()
+
+
+def positions_of(model: Any) -> int | None:
+    """The most tokens that an encoder of Transformers has positions for; RoBERTa's begin after its padding's id."""
+    found = model.config.to_dict().get("max_position_embeddings")
+    table = dict(model.base_model.named_modules()).get("embeddings.position_embeddings")
+    first = table.padding_idx + 1 if isinstance(table, nn.Embedding) and table.padding_idx is not None else 0
+    return None if found is None else int(found) - first
 
 
 def are_factored(student: MaskedLM, teacher: MaskedLM | None = None) -> bool:

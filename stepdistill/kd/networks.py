@@ -87,6 +87,8 @@ class TransformersNetwork(Network):
             with torch.no_grad():
                 yield
         finally:
+            # autocast of older torch keeps weights cast in here, without a graph, for the forward after it (pytorch #165068)
+            torch.clear_autocast_cache()
             for part, training in modes:
                 part.training = training
 

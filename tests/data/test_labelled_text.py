@@ -83,6 +83,13 @@ def test_a_table_with_one_split_is_parted_by_its_words(tmp_path: Path) -> None:
     assert sides(again) == (train, test), "whatever the order of the rows"
 
 
+def test_it_is_said_where_the_split_to_measure_on_is_not_there(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    open_task(TaskConfig(table(tmp_path, numbered()), test_split="validaton"))
+    assert "no split 'validaton'" in caplog.text and "20% of split 'train'" in caplog.text
+
+
 def test_a_data_set_with_its_own_splits(tmp_path: Path) -> None:
     import datasets
 
@@ -106,6 +113,17 @@ def test_a_data_set_with_its_own_splits(tmp_path: Path) -> None:
         open_task(TaskConfig(str(tmp_path / "sst2"), text_column="sentence"))  # labels kept secret
     with pytest.raises(InputError, match="--task.text_column"):
         open_task(TaskConfig(str(tmp_path / "sst2"), test_split="validation"))
+
+
+def test_rows_without_a_class_or_a_text_are_left_out(tmp_path: Path) -> None:
+    import datasets
+
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
+    texts = [*(f"text {i}" for i in range(40)), "of none", None]
+    rows = {"text": texts, "label": [*(i % 2 for i in range(40)), None, 1]}
+    datasets.Dataset.from_dict(rows, features).save_to_disk(str(tmp_path))
+    train, test = sides(open_task(TaskConfig(str(tmp_path))))
+    assert train | test == {f"text{i}" for i in range(40)}
 
 
 def test_numbers_are_classes_in_their_order(tmp_path: Path) -> None:

@@ -260,6 +260,18 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn_from_it(kind: str) -
     assert float(with_words.metrics["mlm"]) > 1.0
 
 
+@pytest.mark.parametrize("change", [COSINE, {"mlm_weight": 0.0}, {"kd_weight": 0.0}, {}])
+def test_all_that_trains_gets_a_gradient_as_ddp_wants_it(change: Mapping[str, Any]) -> None:
+    student = pupil()
+    method = DistilBERT(DistilBERTConfig(**change), student, sage(), framed().share)
+    method.training_step(taken(framed(), range(4))).total.backward()
+    assert all(p.grad is not None for p in method.networks()["student"].trainable())
+    frozen = {name for name, p in student.module.named_parameters() if not p.requires_grad}
+    assert {name.split(".")[0] for name in frozen} == (
+        {"vocab_transform", "vocab_layer_norm", "vocab_projector"} if change == COSINE else set()
+    )
+
+
 @pytest.mark.parametrize("change", [COSINE, {"cosine_weight": 0.0}, {"kd_on": "masked"}])
 def test_what_padding_holds_changes_nothing(change: Mapping[str, Any]) -> None:
     method = DistilBERT(DistilBERTConfig(**change), pupil(), sage(), framed().share)

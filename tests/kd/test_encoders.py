@@ -107,6 +107,33 @@ def test_checkpoints_that_do_not_fit(encoders: Encoders, saved: Path, tmp_path: 
         made({"path": str(tmp_path)}, None, **teacher).student(1)
 
 
+@pytest.mark.parametrize("tuned", [False, True])
+def test_positions_that_begin_after_the_padding_are_counted(encoders: Encoders, tmp_path: Path, tuned: bool) -> None:
+    """RoBERTa's: one more token would have no position."""
+    from transformers import RobertaConfig, RobertaForMaskedLM, RobertaForSequenceClassification
+
+    shape = {
+        "vocab_size": len(encoders.tokenizer),
+        "hidden_size": 16,
+        "num_attention_heads": 1,
+        "intermediate_size": 16,
+    }
+    config = RobertaConfig(**shape, num_hidden_layers=1, max_position_embeddings=26, pad_token_id=1)
+    config.id2label, config.label2id = dict(enumerate(CLASSES)), {name: i for i, name in enumerate(CLASSES)}
+    (RobertaForSequenceClassification if tuned else RobertaForMaskedLM)(config).save_pretrained(tmp_path)
+    encoders.tokenizer.save_pretrained(tmp_path)
+
+    def opened(window: int) -> None:
+        if tuned:
+            made(None, str(tmp_path), window=window)
+        else:
+            made({"path": str(tmp_path)}, window=window).student(1)
+
+    opened(24)
+    with pytest.raises(InputError, match="fit in the 24 positions"):
+        opened(25)
+
+
 def test_a_checkpoint_without_names_takes_the_tasks(encoders: Encoders, tmp_path: Path) -> None:
     model = bert(0, layers=2, width=32, heads=1, vocab_size=300, classes=("LABEL_0", "LABEL_1"))
     model.save_pretrained(tmp_path)
@@ -171,6 +198,14 @@ def test_words_are_replaced_by_what_the_model_guesses_where_they_are_masked(enco
     cut = [i for i, w in enumerate(pieces.word_ids()) if w == word]
     assert len(cut) > 1
     assert all(row.ids[i] == plain[1].ids[i] for row in found.rows[6:] for i in (0, *cut, len(row.ids) - 1))
+
+
+def test_logits_are_made_at_masked_places_alone(encoders: Encoders) -> None:
+    """Of a real vocabulary those of whole texts would be half a gigabyte."""
+    teacher, seen = encoders.teacher().frozen(), list[tuple[int, ...]]()
+    teacher.module.get_output_embeddings().register_forward_hook(lambda _m, _i, out: seen.append(tuple(out.shape)))
+    augmented(AugmentConfig(copies=4, share=0.5), PART, teacher, encoders.tokenizer, 24, 3)
+    assert seen and all(shape[1] == 1 for shape in seen)
 
 
 def test_the_share_is_of_whole_words_and_all_is_a_function_of_the_seed(encoders: Encoders) -> None:

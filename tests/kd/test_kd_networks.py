@@ -75,6 +75,21 @@ def test_a_teacher_never_trains_and_a_student_does() -> None:
     assert pupil.module.training and torch.is_grad_enabled()
 
 
+def test_what_autocast_has_kept_without_a_graph_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to pytorch's pull request 165068 a forward after a rollout, in one autocast, found weights cut off from a graph."""
+    pupil, ids, dropped = student(), tokens(2, 5), []
+    clear = torch.clear_autocast_cache
+    with torch.autocast("cpu", torch.bfloat16):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "clear_autocast_cache", lambda: (dropped.append(len(dropped)), clear()))
+            with pupil.evaluating():
+                pupil(ids, torch.ones_like(ids))
+                assert not dropped
+            assert dropped == [0]
+        pupil(ids, torch.ones_like(ids)).sum().backward()
+    assert all(p.grad is not None for p in pupil.trainable())
+
+
 @pytest.mark.parametrize("build", [gpt2, llama])
 def test_an_adapter_on_all_linear_layers_but_the_head(build: Any) -> None:
     lm, ids = CausalLM(build(0)), tokens(2, 5)

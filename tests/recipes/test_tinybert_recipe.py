@@ -144,6 +144,12 @@ def test_checkpoints_of_one_tokenizer(inputs: Path, finished: Path, tmp_path: Pa
     assert said["results"]["layers"] == [0, 2] and said["results"]["accuracy"].keys() == {"teacher", "student"}
     assert {p.name for p in (tmp_path / "out" / "checkpoints").iterdir()} == {"general", "intermediate", "prediction"}
     assert "fine-tuned" in (tmp_path / "out" / "README.md").read_text()
+    BertForSequenceClassification(BertConfig(**shape, **more, **names)).save_pretrained(tmp_path / "tuned")  # others
+    with pytest.raises(InputError, match="expected the teacher"):
+        run_in_process(
+            load_recipe("tinybert"),
+            given(inputs, tmp_path / "out", *places, "--train.resume_from_checkpoint", "latest"),
+        )
 
 
 @pytest.mark.parametrize(
