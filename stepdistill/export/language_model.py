@@ -106,6 +106,6 @@ def _table(found: Mapping[str, float], parameters: Mapping[str, int], results: M
 NAMES = {
     "before": "student before training",
     "teacher": "teacher",
-    "control": "student without teacher, equal tokens",
+    "control": "student without teacher, equal steps",
     "student": "student, distilled",
 }

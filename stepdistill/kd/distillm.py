@@ -94,7 +94,7 @@ class Scheduler:
 
     def see(self, loss: float) -> None:
         """A validation loss."""
-        if self.last is None:
+        if self.last is None or math.isnan(self.last):  # nothing is above nan, and phi would never rise
             self.last = loss
         elif loss >= self.last + self.tolerance:
             self.phi, self.last = min(self.phi + self.step, 1.0), loss  # algorithm 1: phi <- min(phi + 1 / N_phi, 1)
