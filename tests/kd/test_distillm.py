@@ -51,6 +51,10 @@ def test_the_threshold_by_hand() -> None:
         (0.0, 2.0), (0.0, 2.0), (0.1, 2.125), (0.1, 2.125), (0.2, 2.25), (0.2, 2.25), (0.2, 2.25), (0.3, 2.5), (0.4, 3.0),
         (0.4, 3.0),
     ]  # fmt: skip
+    lost = Scheduler(0.0, None, step=0.1, tolerance=0.1)
+    for loss in (math.nan, 2.0, 2.5):
+        lost.see(loss)
+    assert (lost.phi, lost.last) == (0.1, 2.5), "a first loss that is no number does not stay"
     exactly = Scheduler(0.95, 1.0, step=0.1, tolerance=0.5)
     exactly.see(1.5)
     assert (exactly.phi, exactly.last) == (1.0, 1.5), "at the tolerance too, and never above 1"
