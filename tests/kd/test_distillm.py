@@ -1,5 +1,6 @@
 """DistiLLM: the threshold and the buffer by hand, who writes how often, and that the loop's splits change nothing."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
