@@ -108,6 +108,7 @@ def _cache_arguments(cache: argparse.ArgumentParser) -> None:
         "--data.path", required=True, metavar="TEXT", help="as in the training; so are the other --data.*"
     )
     cache.add_argument("--data.split", metavar="NAME", help="of a data set of `datasets` (default: train)")
+    cache.add_argument("--data.config_name", metavar="NAME", help="of a data set of several configurations")
     cache.add_argument("--data.text_column", metavar="NAME", help="its column of documents (default: text)")
     cache.add_argument("--data.block_size", type=int, metavar="N", help="tokens of a block (default: 128)")
     cache.add_argument(

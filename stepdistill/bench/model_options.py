@@ -19,7 +19,7 @@ REPEATS = "10"  # timed calls: the least whose median has an interval that leave
 BATCH_SIZES = "1,32"
 
 # named as in recipes/lm_kd.py and recipes/hinton.py, and read as there
-TEXT = ("data.path", "data.split", "data.text_column", "data.block_size", "data.held_out")
+TEXT = ("data.path", "data.split", "data.config_name", "data.text_column", "data.block_size", "data.held_out")
 EXAM = ("eval.max_tokens", "eval.stride", "eval.new_tokens")
 IMAGES = (
     "data.path", "data.split", "data.test_split", "data.image_column", "data.label_column", "data.resolution",
@@ -29,6 +29,7 @@ MODEL_FLAGS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--data.path", {"metavar": "PATH", "help": "text (docstrings), or labelled images (demo), as in the recipes"}),
     ("--data.split", {"metavar": "NAME", "help": "of a data set (train, of which a part is held out)"}),
     ("--data.test_split", {"metavar": "NAME", "help": "of labelled images: where there is one it is measured on (test)"}),
+    ("--data.config_name", {"metavar": "NAME", "help": "of a data set of several configurations"}),
     ("--data.text_column", {"metavar": "NAME", "help": "of documents (text)"}),
     ("--data.image_column", {"metavar": "NAME", "help": "of images (image)"}),
     ("--data.label_column", {"metavar": "NAME", "help": "of classes (label)"}),

@@ -107,8 +107,8 @@ class HubImages(EncodedImages):
                 yield f"{path} {stat and (stat.st_size, stat.st_mtime_ns)}"
 
 
-def load_rows(path: str, split: str) -> Any:
-    """The `datasets.Dataset` of this split; InputError where there is none."""
+def load_rows(path: str, split: str, config_name: str | None = None) -> Any:
+    """The `datasets.Dataset` of this split, and of this configuration of the data set; InputError where there is none."""
     import datasets
 
     place = Path(path).expanduser()
@@ -120,15 +120,18 @@ def load_rows(path: str, split: str) -> Any:
         if place.is_file():
             builder = TABLES[place.suffix.lower()]
             return datasets.load_dataset(builder, data_files={"train": [str(place)]}, split=split)
-        return datasets.load_dataset(str(place) if place.is_dir() else path, split=split)
+        return datasets.load_dataset(str(place) if place.is_dir() else path, config_name, split=split)
     except InputError:
         raise
     # what pyarrow, pandas, the hub's client and `datasets` raise on missing and broken files
     except (OSError, ValueError, LookupError, TypeError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
         reason = " ".join(str(cause or error).split())[:300]
+        flags = "--data.path or --data.split"
+        if isinstance(error, ValueError) and config_name is None and "Config name is missing" in reason:
+            flags = "--data.config_name"
         raise InputError(
-            f"expected split {split!r} of a `datasets` data set at {path!r}, got: {reason}; fix --data.path or --data.split"
+            f"expected split {split!r} of a `datasets` data set at {path!r}, got: {reason}; fix {flags}"
         ) from error
 
 

@@ -29,6 +29,7 @@ class TextConfig:
         path: "docstrings" (of the Python standard library), a text file with blank lines between documents, a folder of text
             files, or a data set of the `datasets` library (hub id, folder or file of parquet, arrow, json or csv).
         split: which split of a `datasets` data set.
+        config_name: which configuration of it, where it has several: wikitext-2-raw-v1 of Salesforce/wikitext.
         text_column: its column of documents. Rows with `messages` (role and content each), or with `prompt` and `completion`,
             are conversations, of which only the answers are learned.
         block_size: tokens of a block of documents, or the most of a conversation.
@@ -39,14 +40,15 @@ class TextConfig:
 
     path: str = "docstrings"
     split: str = "train"
+    config_name: str | None = None
     text_column: str = "text"
     block_size: int = 128
     held_out: float = 0.05
     prompt_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("path", "split", "text_column"):
-            if not vars(self)[name]:
+        for name in ("path", "split", "config_name", "text_column"):
+            if vars(self)[name] == "":
                 raise InputError(f"expected a name, got an empty {name}; fix --data.{name}")
         if self.block_size < 2:
             raise InputError(f"expected blocks of 2 tokens or more, got {self.block_size}; fix --data.block_size")
@@ -132,7 +134,7 @@ def _read(config: TextConfig) -> list[tuple[str, Example]]:
         return [(text, Example(text)) for text in _paragraphs(_text_of(place))]
     if place.is_dir():
         names = sorted(name for name in visible(place) if suffix(name) in SUFFIXES)
-        if names:
+        if config.config_name is None and names not in ([], ["README.md"]):  # which by itself is a data set's card
             texts = ((name, _text_of(place / name).strip()) for name in names)
             return [(name, Example(text)) for name, text in texts if text]
     return _table(config)
@@ -161,7 +163,7 @@ def _table(config: TextConfig) -> list[tuple[str, Example]]:
         raise InputError(f"expected text at {config.path!r}, got nothing there; {POSSIBLE}")
     if place.is_file() and suffix(place.name) not in TABLES:
         raise InputError(f"expected text at {config.path!r}, got a file of another kind; {POSSIBLE}")
-    rows = load_rows(config.path, config.split)
+    rows = load_rows(config.path, config.split, config.config_name)
     columns = rows.column_names
     if "messages" in columns:
         examples = [_conversation(row, i) for i, row in enumerate(rows["messages"])]

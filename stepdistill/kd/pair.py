@@ -230,5 +230,7 @@ def key_of(teacher: LMTeacherConfig, rows: TokenRows, tokenizer: Any, text: Text
 
     found = checkpoint_hash(teacher.path, "--teacher.path", teacher.revision)
     facts = {"path": teacher.path, "revision": teacher.revision, "sha256": found}
-    source = {name: vars(text)[name] for name in ("path", "split", "text_column", "block_size", "held_out")}
+    source = {
+        name: vars(text)[name] for name in ("path", "split", "config_name", "text_column", "block_size", "held_out")
+    }
     return Key.of(facts, rows, tokenizer, source)

@@ -76,6 +76,19 @@ def test_rows_of_a_data_set(tmp_path: Path) -> None:
     assert Example(messages=tuple(turns)) in (*chat.train, *chat.held_out)
 
 
+def test_a_configuration_of_a_data_set(tmp_path: Path) -> None:
+    for name in ("plain", "raw"):
+        (tmp_path / name).mkdir()
+        write_rows(tmp_path / name / "train.jsonl", [{"text": f"{name} {i}"} for i in range(12)])
+    (tmp_path / "README.md").write_text(
+        "---\nconfigs:\n" + "".join(f"- config_name: {n}\n  data_dir: {n}\n" for n in ("plain", "raw")) + "---\n"
+    )
+    texts = open_texts(TextConfig(str(tmp_path), config_name="raw", held_out=0.4))
+    assert {e.text for e in (*texts.train, *texts.held_out)} == {f"raw {i}" for i in range(12)}
+    with pytest.raises(InputError, match=r"available configs: \['plain', 'raw'\].*--data\.config_name"):
+        open_texts(TextConfig(str(tmp_path)))
+
+
 @pytest.mark.parametrize(
     ("rows", "named"),
     [
