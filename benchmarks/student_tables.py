@@ -9,9 +9,30 @@ from stepdistill.bench.table import aligned
 AGAINST = ("minus control", "95 % interval", "beyond the seeds' noise")
 
 
+def own_text_students(path: Path) -> str:
+    """GKD's results, and in the same table those of the other recipes on a student's own text that lie beside them.
+
+    ValueError for other controls: then the numbers are no comparison.
+    """
+    data = json.loads(path.read_text(encoding="utf-8"))
+    data["variants"] = {f"gkd, {name}": row for name, row in data["variants"].items()}
+    for name in ("distillm", "minillm"):
+        file = path.with_name(f"{name}.json")
+        if file.is_file():
+            found = json.loads(file.read_text(encoding="utf-8"))
+            if found["control"] != data["control"]:
+                raise ValueError(f"expected one control group in {path} and {file}, got two; measure both anew")
+            data["variants"] |= {name: found["variants"]["student"]}
+            data["protocol"]["recipe"] += f".py`, `{name}"
+    return _language_students(data)
+
+
 def language_students(path: Path) -> str:
     """What benchmarks/language_students.py measured, and how to read it."""
-    data = json.loads(path.read_text(encoding="utf-8"))
+    return _language_students(json.loads(path.read_text(encoding="utf-8")))
+
+
+def _language_students(data: dict[str, Any]) -> str:
     about, plain, sizes = data["protocol"], data["control"], data["parameters"]
     head = ["model", "parameters", "perplexity", *AGAINST, "gap closed"]
     student = f"{sizes['student']:,}"

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from student_tables import image_students, language_students
+from student_tables import image_students, language_students, own_text_students
 
 from stepdistill.bench.rows import Results
 from stepdistill.bench.table import aligned, markdown
@@ -196,7 +196,7 @@ BLOCKS = (
     Block("docs/guides/distilling_language_models.md", "kd cost", RESULTS / "kd_cost.json", kd_cost),
     Block("docs/guides/distilling_language_models.md", "gkd step", RESULTS / "gkd_step.json", gkd_step),
     Block("docs/guides/distilling_language_models.md", "language students", RESULTS / "lm_kd.json", language_students),
-    Block("docs/guides/distilling_language_models.md", "own text", RESULTS / "gkd.json", language_students),
+    Block("docs/guides/distilling_language_models.md", "own text", RESULTS / "gkd.json", own_text_students),
     Block("docs/guides/distilling_language_models.md", "image students", RESULTS / "hinton.json", image_students),
     Block(
         "docs/guides/distilling_language_models.md", "cached teacher", RESULTS / "cached_teacher.json", cached_teacher

@@ -302,3 +302,20 @@ def test_the_table_of_one_seed(students: ModuleType, tmp_path: Path) -> None:
     text = written(students, tmp_path, lambda: students.collected([control(19.0)], {"a": [result(25.0, stride=None)]}))
     cells = [cell.strip() for cell in text.splitlines()[4].strip("|").split("|")]
     assert cells[2:] == ["25.00", "+6.00", "", "one seed", "none"] and "of the answers" in text
+
+
+def test_recipes_of_one_control_share_a_table(students: ModuleType, tmp_path: Path) -> None:
+    def collect() -> dict[str, Any]:
+        return students.collected([control(30.0), control(40.0)], {"student": [result(25.0), result(35.0)]})
+
+    written(students, tmp_path, collect, recipe="gkd")
+    file = (tmp_path / "results.json").rename(tmp_path / "gkd.json")
+    table = load_script("benchmarks", "student_tables").own_text_students
+    assert "| gkd, student |" in table(file) and "minillm" not in table(file)
+    other = json.loads(file.read_text())
+    (tmp_path / "minillm.json").write_text(json.dumps(other))
+    assert "| minillm " in table(file) and "`recipes/gkd.py`, `minillm.py`" in table(file)
+    other["control"]["perplexity"]["mean"] += 1.0
+    (tmp_path / "minillm.json").write_text(json.dumps(other))
+    with pytest.raises(ValueError, match="one control group"):
+        table(file)
