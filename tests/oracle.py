@@ -107,6 +107,11 @@ def stock(folder: Path) -> Any:
     absent = [name for name, part in index.items() if part == [None, None]]
     pipeline = DiffusionPipeline.from_pretrained(folder, **dict.fromkeys(absent))
     pipeline.set_progress_bar_config(disable=True)
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            # on some CPUs kernels of weights that may train, or lie unaligned in a mapped file, round in another way
+            for weight in part.requires_grad_(False).parameters():
+                weight.data = weight.data.clone()
     return pipeline
 
 

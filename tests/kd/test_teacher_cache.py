@@ -25,7 +25,7 @@ from stepdistill.kd.caching import TeacherCacheConfig, cache_answers, cache_logi
 from stepdistill.kd.divergences import Divergence, Kind
 from stepdistill.kd.language_model import LanguageModelKD, LanguageModelKDConfig
 from stepdistill.kd.networks import CausalLM
-from stepdistill.kd.pair import LMStudentConfig, LMTeacherConfig, Pair
+from stepdistill.kd.pair import CAUSAL, LMStudentConfig, LMTeacherConfig, Pair
 from stepdistill.kd.reduction import Objective
 from stepdistill.kd.signal import LiveTeacher, signal_of
 from stepdistill.kd.targets import Asked, Buckets
@@ -396,7 +396,7 @@ def test_a_demo_has_no_checkpoint_to_cache() -> None:
 def test_methods_on_other_text_refuse_a_cache(tmp_path: Path) -> None:
     gpt2(0).save_pretrained(tmp_path), words().save_pretrained(tmp_path)
     config = LMTeacherConfig(str(tmp_path), cache="there")
-    pair = Pair(config, LMStudentConfig(), [], 300, 24, 0, torch.device("cpu"))
+    pair = Pair(CAUSAL, config, LMStudentConfig(), [], 300, 24, 0, torch.device("cpu"))
     with pytest.raises(InputError, match=r"drop --teacher\.cache"):
         pair.teacher()
     assert not pair.live_teacher().trainable()
