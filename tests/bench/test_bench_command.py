@@ -279,6 +279,7 @@ def test_the_demo_out_of_the_box(untrained: Path, tmp_path: Path, monkeypatch: p
     assert results.quality[1].values["fd"].value > 2 * values["fd"].value  # a single step is worse
 
 
+@pytest.mark.slow
 @FEW
 def test_accuracy_is_of_the_demos_captions_at_the_demos_size(
     flags: Any, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

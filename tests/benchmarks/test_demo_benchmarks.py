@@ -131,6 +131,7 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     return [f"--{name}={value}" for name, value in flags.items()]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Frechet distance of")
 def test_the_teachers_rows_go_on_where_they_stopped(
     small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -10,8 +10,9 @@ from torch.testing import assert_close
 from toys import EXACT, rows, saved
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="forks")
-@pytest.mark.parametrize("kind", ["full", pytest.param("lora", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["full", "lora"])
 def test_killed_with_9_it_ends_in_the_same_rungs(tmp_path: Path, kind: str) -> None:
     codes, told, errors = lives("progressive", kind, tmp_path)
     fits, deaths = (("guidance", "ladder"), 4) if kind == "full" else (("ladder",), 3)
