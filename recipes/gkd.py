@@ -33,45 +33,30 @@ class Recipe:
 
 
 def main(parsed: Parsed[Recipe]) -> None:
-    from stepdistill.data.text import open_texts
-    from stepdistill.data.tokens import rows_of
-    from stepdistill.export.hub import check_hub
-    from stepdistill.export.language_model import finish, writer
-    from stepdistill.export.transformer import weights_hash
-    from stepdistill.kd.evaluation import Examination, own_text_divergence
+    from stepdistill.export.language_run import LanguageRun
     from stepdistill.kd.gkd import GKD
     from stepdistill.kd.language_model import NextToken
-    from stepdistill.kd.pair import CAUSAL, Pair
     from stepdistill.training.trainer import Trainer
 
     r = parsed.recipe
     trainer = Trainer(r.train, r.output_dir, parsed.yaml)
-    check_hub(r.export, r.output_dir)
-    texts = open_texts(r.data)
-    window, place = r.data.block_size, (trainer.device, trainer.weight_dtype)
-    pair = Pair(CAUSAL, r.teacher, r.student, texts.train, r.vocabulary, window, r.train.seed, *place)
-    prompted, judged = (rows_of(t, pair.tokenizer, window, r.data.prompt) for t in (texts.train, texts.held_out))
-    exam = Examination.of(texts.held_out, pair.tokenizer, window, r.eval, r.train.validation_prompts)
-    student, end = pair.student(r.train.gradient_checkpointing), pair.tokenizer.eos_token_id
-    teacher = pair.teacher(trains=(steps := r.teacher.steps(r.sft_steps)) > 0)
-    method = GKD(r.method, student, teacher, prompted, end)
-    text = rows_of(texts.train, pair.tokenizer, window) if steps or r.sft_steps or r.control else prompted
+    lm = LanguageRun(r, trainer)
+    prompted, judged = lm.prompted()
+    student, teacher = lm.student(), lm.teacher(steps := r.teacher.steps(r.sft_steps))
+    method = GKD(r.method, student, teacher, prompted, lm.end)
     if steps:
-        trainer.fit(NextToken(teacher), text, "teacher", steps=steps)
-    else:
-        trainer.teacher = weights_hash(teacher)
+        trainer.fit(NextToken(teacher), lm.text, "teacher", steps=steps)
     teacher.frozen()
     if r.sft_steps:
-        trainer.fit(NextToken(student), text, "sft", steps=r.sft_steps)
+        trainer.fit(NextToken(student), lm.text, "sft", steps=r.sft_steps)
     students = {"student": student}
     if r.control:
-        students["control"] = pair.student(r.train.gradient_checkpointing).copy_from(student)
-        trainer.fit(NextToken(students["control"]), text, "control")
-    trainer.fit(method, prompted, "student", on_validate=writer(exam, student, r.output_dir))
+        students["control"] = lm.student().copy_from(student)
+        trainer.fit(NextToken(students["control"]), lm.text, "control")
+    trainer.fit(method, prompted, "student", on_validate=lm.writer(student))
     if trainer.is_main:
-        new = r.method.max_new_tokens
-        own = {name: own_text_divergence(lm, teacher, judged, new, end) for name, lm in students.items()}
-        finish(r.output_dir, "gkd", pair, exam, {"teacher": teacher, **students}, own_text=own, export=r.export)
+        own = lm.own_text(students, teacher, judged, r.method.max_new_tokens)
+        lm.finish("gkd", {"teacher": teacher, **students}, own_text=own)
 
 
 if __name__ == "__main__":

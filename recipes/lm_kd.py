@@ -34,45 +34,32 @@ class Recipe:
 
 
 def main(parsed: Parsed[Recipe]) -> None:
-    from stepdistill.data.text import open_texts
-    from stepdistill.data.tokens import rows_of
-    from stepdistill.export.hub import check_hub
-    from stepdistill.export.language_model import finish, writer
-    from stepdistill.export.transformer import weights_hash
-    from stepdistill.kd.evaluation import Examination
+    from stepdistill.export.language_run import LanguageRun
     from stepdistill.kd.language_model import LanguageModelKD, NextToken
-    from stepdistill.kd.pair import CAUSAL, Pair
     from stepdistill.training.trainer import Trainer
 
     r = parsed.recipe
     trainer = Trainer(r.train, r.output_dir, parsed.yaml)
-    check_hub(r.export, r.output_dir)
-    texts = open_texts(r.data)
-    window, place = r.data.block_size, (trainer.device, trainer.weight_dtype)
-    pair = Pair(CAUSAL, r.teacher, r.student, texts.train, r.vocabulary, window, r.train.seed, *place)
-    data = rows_of(texts.train, pair.tokenizer, window)
-    exam = Examination.of(texts.held_out, pair.tokenizer, window, r.eval, r.train.validation_prompts)
-    students = {"student": pair.student(r.train.gradient_checkpointing)}
-    taught: Any = data
+    lm = LanguageRun(r, trainer)
+    students = {"student": lm.student()}
+    taught: Any = lm.text
     if r.teacher.cache:
-        taught = pair.cached(data, r.data)
+        taught = lm.pair.cached(lm.text, r.data)
         teacher, trainer.teacher = taught.teacher, taught.teacher.hashes
     else:
-        teacher = pair.teacher(trains=(steps := r.teacher.steps(r.train.max_train_steps)) > 0)
+        teacher = lm.teacher(steps := r.teacher.steps(r.train.max_train_steps))
         if steps:
-            trainer.fit(NextToken(teacher), data, "teacher", steps=steps)
-        else:
-            trainer.teacher = weights_hash(teacher)
+            trainer.fit(NextToken(teacher), lm.text, "teacher", steps=steps)
         teacher.frozen()
-    before = exam.perplexities({"before": students["student"]})
+    before = lm.exam.perplexities({"before": students["student"]})
     method = LanguageModelKD(r.method, students["student"], teacher)
     if r.control:
-        students["control"] = pair.student(r.train.gradient_checkpointing)
-        trainer.fit(NextToken(students["control"]), data, "control")
-    trainer.fit(method, taught, "student", on_validate=writer(exam, students["student"], r.output_dir))
+        students["control"] = lm.student()
+        trainer.fit(NextToken(students["control"]), lm.text, "control")
+    trainer.fit(method, taught, "student", on_validate=lm.writer(students["student"]))
     if trainer.is_main:
-        teacher = pair.live_teacher() if r.teacher.cache else teacher  # a cache has nothing to say of other text
-        finish(r.output_dir, "lm_kd", pair, exam, {"teacher": teacher, **students}, before, export=r.export)
+        teacher = lm.pair.live_teacher() if r.teacher.cache else teacher  # a cache has nothing to say of other text
+        lm.finish("lm_kd", {"teacher": teacher, **students}, before=before)
 
 
 if __name__ == "__main__":
