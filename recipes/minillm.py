@@ -44,6 +44,7 @@ def main(parsed: Parsed[Recipe]) -> None:
     prompted, judged = lm.prompted()
     student, teacher = lm.student(), lm.teacher(steps := r.teacher.steps(r.sft_steps))
     method = MiniLLM(r.method, student, teacher, prompted, lm.end)
+    trainer.check(method)  # before other fits take their time
     if steps:
         trainer.fit(NextToken(teacher), lm.text, "teacher", steps=steps)
     teacher.frozen()

@@ -81,6 +81,15 @@ class Method(ABC):
         """The optimizer steps made for each batch, in order."""
         return (Phase(("student",), self.training_step),)
 
+    @property
+    def needs_whole(self) -> str:
+        """What whole weights are needed for within a step, as "to write text with"; "" where processes may share them out."""
+        return ""
+
+    def trained(self) -> set[str]:
+        """The roles that phases train."""
+        return {role for phase in self.phases() for role in phase.trains}
+
     def after_step(self) -> None:
         """Called once after all phases of a step: target EMA, curricula. Not after a step of which a phase was skipped."""
 

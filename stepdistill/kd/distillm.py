@@ -28,7 +28,7 @@ from .language_model import check_weights, token_loss
 from .networks import CausalLM, smaller_teacher
 from .reduction import Objective
 from .replay import Replay, packed, unpacked
-from .rollouts import check_prompts, generate
+from .rollouts import TO_WRITE, check_prompts, generate
 
 Source = Literal["data", "student", "replay"]
 
@@ -145,6 +145,10 @@ class DistiLLM(Method):
     def networks(self) -> dict[str, Network]:
         return {"student": self.student}
 
+    @property
+    def needs_whole(self) -> str:
+        return TO_WRITE
+
     def training_step(self, batch: Batch) -> Losses:
         if self._fresh_at != self.step:  # whether the step before was skipped or not
             self._fresh, self._fresh_at = [], self.step
@@ -178,7 +182,7 @@ class DistiLLM(Method):
     def validate(self) -> None:
         """Shows the scheduler the loss on held-out text."""
         if self.student.is_shared_out:
-            raise InputError("expected whole weights to write text with, got shards of them; use --train.parallel ddp")
+            raise InputError(f"expected whole weights {TO_WRITE}, got shards of them; use --train.parallel ddp")
         parameter = self.student.trainable()[0]
         with torch.autocast(parameter.device.type, enabled=False):  # in one precision, in a step as after it
             loss = mean_nll(self.student, self.held_out, self.config.validation_rows)

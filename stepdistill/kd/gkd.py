@@ -20,7 +20,7 @@ from .divergences import Divergence
 from .language_model import check_weights, token_loss
 from .networks import CausalLM, smaller_teacher
 from .reduction import Objective
-from .rollouts import check_prompts, generate
+from .rollouts import TO_WRITE, check_prompts, generate
 
 LMBDA = 0.5
 
@@ -78,7 +78,7 @@ class GKD(Method):
         end: the end-of-text token.
 
     Raises InputError for data without prompts, prompts alone where the data's text is needed too, and prompts that leave no
-    room in a model's window.
+    room in a model's window. Shared out (fsdp) it can be only where it writes nothing.
     """
 
     def __init__(self, config: GKDConfig, student: CausalLM, teacher: CausalLM, data: TokenRows, end: int) -> None:
@@ -99,6 +99,10 @@ class GKD(Method):
 
     def networks(self) -> dict[str, Network]:
         return {"student": self.student}
+
+    @property
+    def needs_whole(self) -> str:
+        return TO_WRITE if self.config.share > 0 else ""
 
     def training_step(self, batch: Batch) -> Losses:
         own = batch.rng.shared("who writes") < self.config.share  # algorithm 1, line 3: u <= lambda

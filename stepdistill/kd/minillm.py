@@ -27,7 +27,7 @@ from .language_model import token_loss
 from .networks import CausalLM, smaller_teacher
 from .policy_gradient import PolicyGradient, Variant, Weights, Written
 from .reduction import Objective, next_token
-from .rollouts import Mixture, check_prompts, generate
+from .rollouts import TO_WRITE, Mixture, check_prompts, generate
 
 REVERSE = Divergence("reverse_kl")
 
@@ -112,6 +112,10 @@ class MiniLLM(Method):
 
     def networks(self) -> dict[str, Network]:
         return {"student": self.student}
+
+    @property
+    def needs_whole(self) -> str:
+        return TO_WRITE
 
     def training_step(self, batch: Batch) -> Losses:
         written = scored(self.student, self.teacher, self.written(batch), self.config.chunk_size)

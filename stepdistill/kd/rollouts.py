@@ -19,6 +19,7 @@ from ..randomness import StepRandom
 from .divergences import log_probs
 from .networks import CausalLM
 
+TO_WRITE = "to write text with"  # what whole weights are needed for
 DRAWN = 16  # tokens whose noise is drawn at once: each generator that is set up costs as much as hundreds of numbers
 
 
@@ -134,7 +135,7 @@ def generate(
     Raises InputError for a student that the processes share out: they would not write in step.
     """
     if student.is_shared_out:
-        raise InputError("expected whole weights to write text with, got shards of them; use --train.parallel ddp")
+        raise InputError(f"expected whole weights {TO_WRITE}, got shards of them; use --train.parallel ddp")
     from transformers import GenerationConfig, LogitsProcessorList
 
     module: Any = student.module

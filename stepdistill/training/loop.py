@@ -50,7 +50,7 @@ class Fit:
         self.round = 0
         self.networks: dict[str, Network] = {}
         self.meet_networks()
-        trained = {role for phase in method.phases() for role in phase.trains}
+        trained = method.trained()
         if trained - self.networks.keys():
             raise ValueError(f"expected phases that train some of {sorted(self.networks)}, got {sorted(trained)}")
         # before roles and averages are made of the parameters, which this may replace

@@ -56,16 +56,20 @@ def sharing(kind: str, method: Method, trained: set[str], accelerator: Any) -> R
     Raises:
         InputError: fsdp can't train this method. Also with one process, so that it is known before a cluster is.
     """
+    check_shared(kind, method)
     networks = method.networks()
-    if kind == "fsdp":
-        _refuse(networks, trained)
-        if accelerator.num_processes > 1:
-            return Sharded(networks, accelerator, rounds=type(method).next_round is not Method.next_round)
+    if kind == "fsdp" and accelerator.num_processes > 1:
+        return Sharded(networks, accelerator, rounds=type(method).next_round is not Method.next_round)
     return Replicated({name: networks[name] for name in networks if name in trained}, accelerator)
 
 
-def _refuse(networks: Mapping[str, Network], trained: set[str]) -> None:
-    fix = "; use --train.parallel ddp"
+def check_shared(kind: str, method: Method) -> None:
+    """InputError for a method whose networks `kind` can't share out."""
+    if kind != "fsdp":
+        return
+    networks, trained, fix = method.networks(), method.trained(), "; use --train.parallel ddp"
+    if method.needs_whole:
+        raise InputError(f"expected whole weights {method.needs_whole}, got shards of them{fix}")
     seen: dict[int, str] = {}
     for name, network in networks.items():
         if network.adapters is not None:

@@ -15,7 +15,7 @@ from .config import TrainConfig, binding, flat_config, flat_yaml
 from .folder import RunFolder, on_main
 from .loop import Fit
 from .optimization import NonFiniteError
-from .parallel import refuse_other_wrappers
+from .parallel import check_shared, refuse_other_wrappers
 from .processes import end_gloo_at_exit
 from .stopping import Stop
 from .trackers import tracker_classes
@@ -96,6 +96,10 @@ class Trainer:
         """Samples per optimizer step over all processes and micro-batches."""
         per_process = self.config.train_batch_size * self.config.gradient_accumulation_steps
         return per_process * self.world
+
+    def check(self, method: Method) -> None:
+        """InputError where this run can't train `method`: :meth:`fit` asks, and a recipe before earlier fits."""
+        check_shared(self.config.parallel, method)
 
     def wait(self) -> None:
         """Until all processes are here."""

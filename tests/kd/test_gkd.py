@@ -322,6 +322,17 @@ def test_a_student_that_is_shared_out_does_not_write(shared_out: CausalLM) -> No
 # -- through the trainer ---------------------------------------------------------------------------------------------------
 
 
+def test_a_student_that_writes_is_not_shared_out(tmp_path: Path) -> None:
+    one = GKD(GKDConfig(0.5, max_new_tokens=NEW), student(), teacher(), uneven(prompt=4), END)
+    with pytest.raises(
+        InputError, match="whole weights to write text with, got shards of them; use --train.parallel ddp"
+    ):
+        fit(tmp_path / "own", one, parallel="fsdp")
+    assert not (tmp_path / "own").exists()
+    given = GKD(GKDConfig(0.0, max_new_tokens=NEW), student(tie_word_embeddings=False), teacher(), uneven(), END)
+    fit(tmp_path / "given", given, parallel="fsdp", max_train_steps=1)
+
+
 def fit(folder: Path, one: GKD, **changes: Any) -> GKD:
     train = {"max_train_steps": 6, "adam_epsilon": 1e-3, "learning_rate": 3e-3, "seed": 3, **changes}
     Trainer(options(**train), folder).fit(one, uneven(prompt=4))

@@ -208,6 +208,16 @@ def test_distillm_from_documents_and_what_it_refuses(inputs: Path, tmp_path: Pat
         run_in_process(recipe, checkpoints(inputs, tmp_path / "prompts", "prompts.jsonl", *more))
 
 
+@pytest.mark.parametrize("name", ["gkd", "minillm", "distillm"])
+def test_students_that_write_are_not_shared_out_which_is_said_before_anything_trains(
+    inputs: Path, tmp_path: Path, name: str
+) -> None:
+    more = ["--sft_steps", 2, "--method.max_new_tokens", 5, "--train.parallel", "fsdp"]
+    with pytest.raises(InputError, match="expected whole weights to write text with, .*; use --train.parallel ddp"):
+        run_in_process(load_recipe(name), given(inputs, tmp_path / "out", *more))
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
 @pytest.mark.parametrize(
     ("more", "named"),
     [

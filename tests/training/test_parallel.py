@@ -25,6 +25,14 @@ def adapter_method() -> Method:
     return method
 
 
+class Writes(Follow):
+    """It generates in a step."""
+
+    @property
+    def needs_whole(self) -> str:
+        return "to write text with"
+
+
 def entangled() -> Method:
     """The target is the student's own last layer."""
     method = Follow()
@@ -45,6 +53,7 @@ def tied() -> Method:
     [
         (adapter_method, "full student .*, got a LoRA adapter in 'student', .*teacher's.*; .*--student.kind full"),
         (Duel, "one trained network .*, got critic, student: .*; use --train.parallel ddp"),
+        (Writes, "whole weights to write text with, got shards of them; use --train.parallel ddp"),
         (tied, "blocks with weights of their own .*, got blocks.2.inner.weight of 'student' in several; use .* ddp"),
         (entangled, "networks of their own .*, got weights that 'student' and 'target' share; use .* ddp"),
     ],
@@ -53,8 +62,11 @@ def test_what_cannot_be_shared_out_is_refused_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[], Method], reason: str
 ) -> None:
     monkeypatch.setattr(parallel, "UNIT", 20)
-    with pytest.raises(InputError, match=f"expected .*{reason}"):
-        Trainer(options(parallel="fsdp"), tmp_path).fit(make(), Numbers())
+    trainer = Trainer(options(parallel="fsdp"), tmp_path)
+    for ask in (trainer.check, lambda method: trainer.fit(method, Numbers())):
+        with pytest.raises(InputError, match=f"expected .*{reason}"):
+            ask(make())
+    Trainer(options(parallel="ddp"), tmp_path).check(make())
     assert not any((tmp_path / part).exists() for part in ("metrics.jsonl", "checkpoints", "config.yaml"))
 
 
