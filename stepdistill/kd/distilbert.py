@@ -40,7 +40,8 @@ class DistilBERTConfig:
         cosine_weight: of 1 - cos(student's, teacher's) of the last hidden states.
         kd_on: tokens of the distillation term: "all" that are no padding, the reference code's default, or "masked" ones alone
             (its --restrict_ce_to_mask). The paper does not say.
-        chunk_size: tokens whose logits exist at once: memory against speed, the same result.
+        chunk_size: tokens whose logits exist at once, where heads are factored (plain linear layers; others give all logits
+            of a batch at once): memory against speed, the same result.
     """
 
     temperature: float = 2.0

@@ -48,7 +48,8 @@ class DistiLLMConfig:
         max_new_tokens: the most that the student writes after a prompt.
         kd_weight: of the divergence.
         ce_weight: of the cross-entropy on the data's text, in the steps that use it.
-        chunk_size: tokens whose logits exist at once: memory against speed, the same result.
+        chunk_size: tokens whose logits exist at once, where heads are factored (plain linear layers; others give all logits
+            of a batch at once): memory against speed, the same result.
     """
 
     divergence: Divergence = field(default_factory=lambda: Divergence("skew_kl", alpha=0.1))

@@ -36,7 +36,8 @@ class GKDConfig:
         divergence: between the next-token distributions; jsd with beta 0.5 by default.
         kd_weight: of the divergence.
         ce_weight: of the cross-entropy on the data's text, in the steps that use it.
-        chunk_size: tokens whose logits exist at once: memory against speed, the same result.
+        chunk_size: tokens whose logits exist at once, where heads are factored (plain linear layers; others give all logits
+            of a batch at once): memory against speed, the same result.
     """
 
     lmbda: float = LMBDA

@@ -30,7 +30,8 @@ class LanguageModelKDConfig:
         divergence: between the two next-token distributions, and its temperature.
         kd_weight: of the divergence.
         ce_weight: of the cross-entropy on the text itself, at temperature 1.
-        chunk_size: tokens whose logits exist at once: memory against speed, the same result.
+        chunk_size: tokens whose logits exist at once, where heads are factored (plain linear layers; others give all logits
+            of a batch at once): memory against speed, the same result.
     """
 
     divergence: Divergence = field(default_factory=Divergence)
