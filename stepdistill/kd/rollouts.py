@@ -7,7 +7,10 @@ the token alone.
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -148,7 +151,7 @@ def generate(
     processors: list[Any] = [] if mixture is None else [mixture]
     processors += [] if rng is None else [GumbelMax(rng, prompt_ids.shape[1])]
     try:
-        with student.evaluating(), student.active():
+        with student.evaluating(), student.active(), _mask_was_given():
             ids = module.generate(
                 prompt_ids, attention_mask=prompt_mask.long(), generation_config=plan,
                 logits_processor=LogitsProcessorList(processors),
@@ -160,3 +163,21 @@ def generate(
     real = (ended - (written == end).long()) == 0  # up to the first end, and with it
     mask = torch.cat([prompt_mask.bool(), real], 1)
     return Tokens(ids, mask, torch.cat([torch.zeros_like(prompt_mask, dtype=torch.bool), real], 1))
+
+
+@contextmanager
+def _mask_was_given() -> Iterator[None]:
+    """Within it Transformers does not ask for a mask where a text begins with its padding token, which may be the end's, too.
+
+    `generate` drops a mask that hides nothing, and the model, which then sees none, warns of padding.
+    """
+    log = logging.getLogger("transformers.modeling_utils")
+
+    def other(record: logging.LogRecord) -> bool:
+        return "passing in an `attention_mask`" not in record.getMessage()
+
+    log.addFilter(other)
+    try:
+        yield
+    finally:
+        log.removeFilter(other)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import math
 import shutil
 from pathlib import Path
@@ -295,3 +296,26 @@ def test_perplexities_of_two_units() -> None:
     assert alone["teacher"]["perplexity"] == Value(pytest.approx(math.exp(1.25)), None)
     huge = perplexities({"teacher": np.full(4, 1e4)}, owner, seed=0)["teacher"]["perplexity"]
     assert math.isfinite(huge.value) and huge.value == math.exp(700)
+
+
+def test_a_text_that_begins_with_the_end_is_not_taken_for_padding(tmp_path: Path) -> None:
+    """Transformers warns once a process, where a mask is missing; it drops ours before it looks."""
+    log, said = logging.getLogger("transformers.modeling_utils"), list[str]()
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    network = model(1, pad_token_id=29)
+    network.save_pretrained(tmp_path / "teacher")
+    words().save_pretrained(tmp_path / "teacher")
+    (tmp_path / "text.txt").write_text(" ".join(["<end>", *LETTERS * 3]))
+    log.addHandler(handler)
+    type(log).warning_once.cache_clear()  # type: ignore[attr-defined]
+    try:
+        one = exam(tmp_path, data={"held_out": 1.0})
+        assert one._longest[0] == 29
+        one._seconds()
+        assert said == [] and not log.filters
+        type(log).warning_once.cache_clear()  # type: ignore[attr-defined]
+        network(torch.tensor([[29, 1]]))
+        assert "attention_mask" in said[0], "of others it is still said"
+    finally:
+        log.removeHandler(handler)
