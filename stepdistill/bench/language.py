@@ -190,7 +190,7 @@ def token_losses(lm: CausalLM, rows: TokenRows) -> Tensor:
             outputs = (lm.hidden(*given) if lm.is_factored else lm(*given))[:, :-1][mask]
             for part, label in zip(outputs.split(CHUNK), labels[mask].split(CHUNK), strict=True):
                 z = lm.head.logits(part) if lm.is_factored else part
-                found.append(functional.cross_entropy(z.float(), label, reduction="none").double().cpu())
+                found.append(functional.cross_entropy(z.float(), label, reduction="none").cpu().double())
     return torch.cat(found)
 
 

@@ -77,7 +77,7 @@ def score(lm: MaskedLM, looks: Sequence[MaskedRows]) -> Score:
                 logits = logits_at(lm, tokens.input_ids, tokens.attention_mask, tokens.loss_mask)
                 wanted = tokens.labels[tokens.loss_mask]
                 log_q = log_probs(logits)
-                loss -= float(log_q.gather(1, wanted[:, None]).double().sum())
+                loss -= float(log_q.gather(1, wanted[:, None]).cpu().double().sum())  # MPS has no float64
                 right += int((log_q.argmax(1) == wanted).sum())
                 count += len(wanted)
     return Score(loss / max(1, count), right / max(1, count), count)

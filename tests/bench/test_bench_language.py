@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from language import built, gpt2, llama, uneven, words
+from mps import on_mps
 from torch.testing import assert_close
 
 from stepdistill import cli
@@ -296,6 +297,15 @@ def test_perplexities_of_two_units() -> None:
     assert alone["teacher"]["perplexity"] == Value(pytest.approx(math.exp(1.25)), None)
     huge = perplexities({"teacher": np.full(4, 1e4)}, owner, seed=0)["teacher"]["perplexity"]
     assert math.isfinite(huge.value) and huge.value == math.exp(700)
+
+
+def test_losses_are_taken_where_there_is_no_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm, rows, original = CausalLM(gpt2(1)).frozen(), uneven(), CausalLM.__call__
+    lm.explained = False
+    wanted = token_losses(lm, rows)
+    monkeypatch.setattr(CausalLM, "__call__", lambda *given: on_mps(original(*given)))
+    found = token_losses(lm, rows)
+    assert found.dtype == torch.float64 and torch.equal(found, wanted)
 
 
 def test_a_text_that_begins_with_the_end_is_not_taken_for_padding(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from cloze import framed, masked_model, pupil, sage, taken
+from mps import on_mps
 from torch.nn import functional
 from torch.testing import assert_close
 from toys import EXACT
@@ -13,6 +14,7 @@ from toys import EXACT
 from stepdistill.data.masked import MaskedRows, MaskedTokens, MaskingConfig
 from stepdistill.data.text import Example
 from stepdistill.errors import InputError
+from stepdistill.kd import masked_evaluation
 from stepdistill.kd.layouts import bert_layout, train_masked_tokenizer
 from stepdistill.kd.masked import MaskedLM, MaskedToken
 from stepdistill.kd.masked_evaluation import MaskedEvalConfig, MaskedExamination, score
@@ -103,6 +105,13 @@ def test_scores_are_sums_written_out_over_masks_that_are_one_for_all() -> None:
     assert score(lm, turned).loss == pytest.approx(found.loss, rel=1e-6)
     lm.explained = False
     assert score(lm, looks).loss == pytest.approx(found.loss, rel=1e-5)
+
+
+def test_scores_are_taken_where_there_is_no_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm, looks = sage(layers=2), [framed(6, fixed=0)]
+    wanted, original = score(lm, looks), masked_evaluation.logits_at
+    monkeypatch.setattr(masked_evaluation, "logits_at", lambda *given: on_mps(original(*given)))
+    assert score(lm, looks) == wanted
 
 
 @pytest.fixture(scope="module")
