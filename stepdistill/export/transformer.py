@@ -160,7 +160,7 @@ def _logits(module: Any, probe: Mapping[str, Tensor]) -> Tensor:
     device = next(module.parameters()).device
     with torch.autocast(device.type, enabled=False):
         logits: Tensor = module.eval()(**{name: value.to(device) for name, value in probe.items()}).logits
-    return logits.double()
+    return logits.cpu().double()  # MPS has no float64
 
 
 def compare(

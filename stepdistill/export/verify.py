@@ -157,7 +157,7 @@ def _compare_strengths(loaded: dict[str, float], trained: dict[str, float]) -> N
 
 def _compare_outputs(found: Tensor, expected: Tensor) -> None:
     if not torch.equal(found, expected):  # nan is unequal too
-        difference = (found.double() - expected.double()).abs().max().item()
+        difference = (found.cpu().double() - expected.cpu().double()).abs().max().item()
         raise ExportError(
             f"the loaded student computes something else: outputs differ by up to {difference:.3g} where the largest "
             f"is {expected.abs().max().item():.3g}, though tensors, modules and strengths agree; is the base model another "
@@ -168,7 +168,7 @@ def _compare_outputs(found: Tensor, expected: Tensor) -> None:
 def _compare_merged(found: Tensor, expected: Tensor, base: nn.Module) -> None:
     """W + B A in one product or in two differs by rounding, in the base's dtype."""
     dtype = next(base.parameters()).dtype
-    difference, largest = (found.double() - expected.double()).abs().max().item(), expected.abs().max().item()
+    difference, largest = (found.cpu().double() - expected.cpu().double()).abs().max().item(), expected.abs().max().item()
     if not difference <= torch.finfo(dtype).eps ** 0.5 * largest:
         raise ExportError(
             f"the adapter merged into the weights computes something else: outputs differ by up to {difference:.3g} where "

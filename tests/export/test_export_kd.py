@@ -10,6 +10,7 @@ import torch
 import yaml
 from fake_hub import FakeApi, uploaded
 from language import gpt2, words
+from mps import on_mps
 from recipe_runs import load_recipe, run_in_process
 from safetensors.torch import load_file
 from torch import Tensor
@@ -286,6 +287,12 @@ def test_weights_that_a_precision_does_not_hold() -> None:
         broken.transformer.ln_f.bias[0] = torch.nan
     with pytest.raises(ExportError, match="move by nan"):
         check_rounding(model, broken, probe, torch.bfloat16)
+
+
+def test_logits_are_compared_where_there_is_no_float64() -> None:
+    model, probe = gpt2(0), {"input_ids": torch.arange(5)[None]}
+    model.lm_head.register_forward_hook(lambda _layer, _given, logits: on_mps(logits))
+    assert 0.0 < check_rounding(model, round_weights(model, torch.bfloat16), probe, torch.bfloat16) < 0.02
 
 
 def test_a_classifier_s_student_is_that_of_the_method_s_own_temperature(classifier_run: Path, tmp_path: Path) -> None:
