@@ -168,7 +168,10 @@ def _compare_outputs(found: Tensor, expected: Tensor) -> None:
 def _compare_merged(found: Tensor, expected: Tensor, base: nn.Module) -> None:
     """W + B A in one product or in two differs by rounding, in the base's dtype."""
     dtype = next(base.parameters()).dtype
-    difference, largest = (found.cpu().double() - expected.cpu().double()).abs().max().item(), expected.abs().max().item()
+    difference, largest = (
+        (found.cpu().double() - expected.cpu().double()).abs().max().item(),
+        expected.abs().max().item(),
+    )
     if not difference <= torch.finfo(dtype).eps ** 0.5 * largest:
         raise ExportError(
             f"the adapter merged into the weights computes something else: outputs differ by up to {difference:.3g} where "

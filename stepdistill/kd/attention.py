@@ -26,6 +26,9 @@ _KEPT: ContextVar[list[Tensor] | None] = ContextVar("attention scores", default=
 def scores(query: Tensor, key: Tensor, scaling: float | None) -> Tensor:
     """A = Q K^T * scaling of [B, h, S, d] queries and keys -> [B, h, S, S] (arXiv 1909.10351, eq. 1).
 
+    In the forward's precision, as in the authors' code: under autocast in bf16 they are rounded as queries and keys are before
+    them, which decides the error: the gradient of scores in float32 would be as far off (docs/decisions.md).
+
     Args:
         scaling: d^-0.5 where it is None. Keys that several heads share are repeated for each.
     """

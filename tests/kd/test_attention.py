@@ -114,6 +114,18 @@ def test_keys_that_heads_share_are_repeated() -> None:
     assert_close(scores(q, k, None), wanted / 3**0.5)
 
 
+def test_what_autocast_rounds_in_the_scores_is_less_than_what_it_rounds_before_them() -> None:
+    pupil, real = student(), given()["attention_mask"]
+    exact = [a.detach() for a in inside(pupil, **given()).scores]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = [a.detach() for a in inside(pupil, **given()).scores]
+    pairs = (real[:, None, :] & real[:, :, None])[:, None]
+    for a, b in zip(found, exact, strict=True):
+        assert a.dtype == torch.bfloat16
+        rounding = (b.bfloat16() - b).masked_fill(~pairs, 0.0).norm()
+        assert rounding < (a - b).masked_fill(~pairs, 0.0).norm() < 0.05 * b.masked_fill(~pairs, 0.0).norm()
+
+
 def test_attention_that_bypasses_the_interface_is_refused() -> None:
     module: Any = bert(0)
 
