@@ -42,7 +42,7 @@ def main(parsed: Parsed[Recipe]) -> None:
     from stepdistill.export.text_classifier import finish
     from stepdistill.export.transformer import weights_hash
     from stepdistill.kd.attention import Shape
-    from stepdistill.kd.augmentation import augmented
+    from stepdistill.kd.augmentation import Kept, augmented
     from stepdistill.kd.encoders import Encoders
     from stepdistill.kd.masked import MaskedToken
     from stepdistill.kd.text_classifier import TextLabels
@@ -76,7 +76,8 @@ def main(parsed: Parsed[Recipe]) -> None:
     tuned.frozen()
     if s.general:
         trainer.fit(general, whole, "general", steps=s.general)
-    data = augmented(r.augment, task.train, teacher, encoders.tokenizer, length, seed)
+    kept = Kept(trainer.folder / "augmented", weights_hash, trainer.rank, trainer.world, trainer.wait)
+    data = augmented(r.augment, task.train, teacher, encoders.tokenizer, length, seed, kept)
     if s.intermediate:
         trainer.fit(TinyBERTLayers(r.method, student, tuned, shared), data, "intermediate", steps=s.intermediate)
     trainer.fit(TinyBERTPrediction(r.method, student, tuned), data, "prediction")

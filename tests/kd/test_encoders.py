@@ -11,14 +11,12 @@ from encoders import bert
 from torch.testing import assert_close
 from toys import EXACT
 
-from stepdistill.data.labelled_text import Labelled, text_rows
 from stepdistill.data.text import Example
 from stepdistill.errors import InputError
 from stepdistill.kd.attention import Shape
-from stepdistill.kd.augmentation import AugmentConfig, augmented
+from stepdistill.kd.augmentation import AugmentConfig
 from stepdistill.kd.encoders import Encoders, EncoderStudentConfig, StagesConfig
 from stepdistill.kd.pair import LMTeacherConfig
-from stepdistill.networks.network import Network
 
 TEXT = [Example(f"The file number {i} opens and the socket closes it again.") for i in range(40)]
 CLASSES = ("files", "sockets")
@@ -159,67 +157,3 @@ def test_options_that_make_no_sense(config: Any, change: dict[str, Any], named: 
 def test_how_long_the_teacher_learns_the_task() -> None:
     assert StagesConfig().tuning == 300 and StagesConfig(fine_tuned="x").tuning == 0
     assert StagesConfig(fine_tuned="x", fine_tuning=5).tuning == 5
-
-
-# -- augmentation ----------------------------------------------------------------------------------------------------------
-
-PART = Labelled([("The file opens", "files"), ("and the socket zqxj closes", "sockets")], CLASSES)
-
-
-def more(encoders: Encoders, seed: int = 3, **changes: Any) -> Any:
-    config = AugmentConfig(**{"copies": 4, "share": 0.5, "candidates": 2, **changes})
-    return augmented(config, PART, encoders.teacher().frozen(), encoders.tokenizer, 24, seed)
-
-
-def test_no_copies_are_the_texts_alone(encoders: Encoders) -> None:
-    assert more(encoders, copies=0).rows == text_rows(PART, encoders.tokenizer, 24).rows
-
-
-def test_words_are_replaced_by_what_the_model_guesses_where_they_are_masked(encoders: Encoders) -> None:
-    plain, tokenizer = text_rows(PART, encoders.tokenizer, 24).rows, encoders.tokenizer
-    found = more(encoders)
-    assert found.rows[:2] == plain and len(found) == 2 + 2 * 4
-    teacher: Any = encoders.teacher().module.eval()
-    special, changed = set(tokenizer.all_special_ids), 0
-    for row, original in zip(found.rows[2:], [plain[0]] * 4 + [plain[1]] * 4, strict=True):
-        assert row.label == original.label and len(row.ids) == len(original.ids)
-        for place, (now, before) in enumerate(zip(row.ids, original.ids, strict=True)):
-            if now == before:
-                continue
-            changed += 1
-            masked = torch.tensor([original.ids])
-            masked[0, place] = tokenizer.mask_token_id
-            logits = teacher(masked).logits[0, place]
-            logits[list(special)] = -torch.inf
-            assert now in logits.topk(2).indices.tolist()
-    assert changed > 5
-    pieces = tokenizer(PART.pairs[1][0])
-    word = pieces.word_ids()[pieces.char_to_token(PART.pairs[1][0].index("zqxj"))]
-    cut = [i for i, w in enumerate(pieces.word_ids()) if w == word]
-    assert len(cut) > 1
-    assert all(row.ids[i] == plain[1].ids[i] for row in found.rows[6:] for i in (0, *cut, len(row.ids) - 1))
-
-
-def test_logits_are_made_at_masked_places_alone(encoders: Encoders) -> None:
-    """Of a real vocabulary those of whole texts would be half a gigabyte."""
-    teacher, seen = encoders.teacher().frozen(), list[tuple[int, ...]]()
-    teacher.module.get_output_embeddings().register_forward_hook(lambda _m, _i, out: seen.append(tuple(out.shape)))
-    augmented(AugmentConfig(copies=4, share=0.5), PART, teacher, encoders.tokenizer, 24, 3)
-    assert seen and all(shape[1] == 1 for shape in seen)
-
-
-def test_the_share_is_of_whole_words_and_all_is_a_function_of_the_seed(encoders: Encoders) -> None:
-    assert more(encoders).rows == more(encoders).rows != more(encoders, seed=4).rows
-    few, all_of_them = more(encoders, copies=40, share=0.1), more(encoders, copies=40, share=1.0)
-    plain = few.rows[0].ids
-
-    def changed(rows: Any) -> float:
-        return sum(a != b for row in rows.rows[2:42] for a, b in zip(row.ids, plain, strict=True)) / 40
-
-    assert changed(few) < 0.5 < changed(all_of_them)
-
-
-def test_the_guesser_is_as_it_was(encoders: Encoders) -> None:
-    teacher = encoders.teacher()
-    augmented(AugmentConfig(copies=1), PART, teacher, encoders.tokenizer, 24, 0)
-    assert teacher.module.training and isinstance(teacher, Network)

@@ -13,6 +13,7 @@ from recipe_runs import load_recipe, run_in_process
 from safetensors.torch import load_file
 
 from stepdistill.errors import InputError
+from stepdistill.kd.augmentation import Copies
 from stepdistill.kd.tinybert import TinyBERTLayers
 
 VERBS = {"files": ("opens", "reads", "closes"), "sockets": ("binds", "listens", "connects")}
@@ -122,6 +123,21 @@ def test_killed_in_the_task_s_layers_it_ends_as_if_it_had_not_been(
     assert [{k: v for k, v in row.items() if k != "seconds"} for row in metrics(tmp_path / "out")] == [
         {k: v for k, v in row.items() if k != "seconds"} for row in metrics(finished)
     ]
+
+
+def test_texts_with_words_replaced_are_made_once(inputs: Path, finished: Path, monkeypatch: Any) -> None:
+    (kept,) = (finished / "augmented").iterdir()
+    assert json.loads((kept / "about.json").read_text())["options"]["copies"] == 1
+
+    def again(*_: Any) -> Any:
+        raise AssertionError("made again")
+
+    monkeypatch.setattr(Copies, "make", again)
+    before = load_file(finished / "model.safetensors")
+    more = ["--augment.copies", 1, "--train.ema_decay", "0.5", "--train.resume_from_checkpoint", "latest"]
+    run_in_process(load_recipe("tinybert"), given(inputs, finished, *more))
+    after = load_file(finished / "model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_checkpoints_of_one_tokenizer(inputs: Path, finished: Path, tmp_path: Path) -> None:
