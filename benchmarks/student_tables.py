@@ -38,18 +38,18 @@ def _language_students(data: dict[str, Any]) -> str:
     student = f"{sizes['student']:,}"
     cells = [
         ["teacher", f"{sizes['teacher']:,}", f"{data['teacher']['perplexity']:.2f}", *[""] * 4],
-        ["control", student, _mean(plain["perplexity"], ".2f"), *[""] * 4],
+        ["control", student, mean_told(plain["perplexity"], ".2f"), *[""] * 4],
     ]
     for name, row in data["variants"].items():
-        found = [_mean(row["perplexity"], ".2f"), *_difference(row["perplexity"]["minus_control"], "+.2f")]
-        cells.append([name.replace("_", " "), student, *found, _mean(row["gap_closed"], ".1%")])
+        found = [mean_told(row["perplexity"], ".2f"), *_difference(row["perplexity"]["minus_control"], "+.2f")]
+        cells.append([name.replace("_", " "), student, *found, mean_told(row["gap_closed"], ".1%")])
     if "own_text_reverse_kl" in plain:  # on a student's own text
         head += ["KL on own text", *AGAINST]
         owns = [plain["own_text_reverse_kl"], *(row["own_text_reverse_kl"] for row in data["variants"].values())]
         cells[0] += [""] * 4
         for line, own in zip(cells[1:], owns, strict=True):
             told = _difference(own["minus_control"], "+.3f") if "minus_control" in own else [""] * 3
-            line += [_mean(own, ".3f"), *told]
+            line += [mean_told(own, ".3f"), *told]
     measured = data["measured"]
     window = (
         "of the answers" if measured["stride"] is None else f"window {measured['window']}, stride {measured['stride']}"
@@ -66,7 +66,7 @@ def _language_students(data: dict[str, Any]) -> str:
     return "\n".join([*aligned(head, cells), "", how])
 
 
-def _mean(found: dict[str, Any], spec: str) -> str:
+def mean_told(found: dict[str, Any], spec: str) -> str:
     """With its standard deviation, where there is one."""
     if found["mean"] is None:
         return "none"
@@ -92,11 +92,11 @@ def image_students(path: Path) -> str:
 
     cells = [
         line("teacher", "teacher", f"{data['teacher']:.1%}"),
-        line("control", "student", _mean(data["control"], ".1%")),
+        line("control", "student", mean_told(data["control"], ".1%")),
     ]
     for name, row in data["groups"].items():
         told = _difference(row["minus_control"], "+.1%")
-        cells.append(line(name, "student", _mean(row, ".1%"), *told, _mean(row["gap_closed"], ".0%")))
+        cells.append(line(name, "student", mean_told(row, ".1%"), *told, mean_told(row["gap_closed"], ".0%")))
     soft, hard = about["weights"]
     seen, environment = data["trained_on"], data["environment"]
     how = (
@@ -136,8 +136,8 @@ def bert_students(path: Path) -> str:
         for measure in measures:
             found, spec = models[name][measure], BERT_MEASURES[measure][1]
             told = _difference(found["minus_control"], f"+{spec}") if "minus_control" in found else [""] * 3
-            line += [_mean(found, spec), *told]
-        cells.append([*line, _mean(data["gap_closed"], ".1%") if name == "student" else ""])
+            line += [mean_told(found, spec), *told]
+        cells.append([*line, mean_told(data["gap_closed"], ".1%") if name == "student" else ""])
     return "\n".join([*aligned([*head, "gap closed"], cells), "", _how_berts(data, measures[0])])
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from kd_table import kd_methods
 from student_tables import image_students, language_students, own_text_students
 
 from stepdistill.bench.rows import Results
@@ -145,6 +146,25 @@ def _apart(path: Path) -> float:
     return max(row["largest difference of losses"] for row in found if "largest difference of losses" in row)
 
 
+def kd_step(path: Path) -> str:
+    """What benchmarks/kd_step.py measured, and how to read it."""
+    about, lines = _ratios(path)
+    (deep, wide), (layers, width) = about["teacher"], about["student"]
+    how = (
+        "Ours is the batch, the method's loss with all that it writes, backward, AdamW; bare calls are those of the networks "
+        "that any implementation makes, by stock Transformers: one token after the other where text is written, the teacher's "
+        "forward, the student's, backward from gradients that are there beforehand, AdamW. The same weights and shapes, which "
+        f"each row has checked, in turns, {about['dtype']}, {about['threads']} CPU thread. GPT-2 and BERT layouts, teacher "
+        f"{deep} x {wide}, student {layers} x {width} (of DistilBERT {layers} x {wide}), {int(about['vocabulary']):,} tokens; "
+        f"{about['batch']} texts of {about['block']} tokens, or prompts of {about['prompt']} with {about['new']} more, written "
+        f"or replayed; {about['images']} images of {about['resolution']} pixels a side and the ResNets of the recipe's demo "
+        f"(torch {about['torch']}, transformers {about['transformers']}). Bare calls make the logits of all tokens, ours of "
+        "those that are learned, and so not of prompts: a ratio may be below 1. DistiLLM's validations, one in a hundred steps "
+        "by default, are not in it."
+    )
+    return "\n".join([*lines, "", how])
+
+
 def cached_teacher(path: Path) -> str:
     """What benchmarks/cached_teacher.py measured, and how to read it."""
     about, lines = _ratios(path)
@@ -194,6 +214,8 @@ BLOCKS = (
     Block("docs/demo.md", "adversarial, in pixels", RESULTS / "demo_add.json", results_table),
     Block("docs/guides/how_many_steps.md", "curve", RESULTS / "steps_vs_quality.json", curve),
     Block("docs/guides/distilling_language_models.md", "kd cost", RESULTS / "kd_cost.json", kd_cost),
+    Block("docs/guides/distilling_language_models.md", "kd step", RESULTS / "kd_step.json", kd_step),
+    Block("docs/guides/distilling_language_models.md", "kd methods", RESULTS / "kd_step.json", kd_methods),
     Block("docs/guides/distilling_language_models.md", "gkd step", RESULTS / "gkd_step.json", gkd_step),
     Block("docs/guides/distilling_language_models.md", "language students", RESULTS / "lm_kd.json", language_students),
     Block("docs/guides/distilling_language_models.md", "own text", RESULTS / "gkd.json", own_text_students),

@@ -15,7 +15,7 @@ from ..data.tokens import TokenRows
 from ..errors import InputError
 from ..networks.lora import StudentConfig
 from .attention import Shape
-from .layouts import bert_layout, seeded
+from .layouts import bert_layout, rotary_layout, seeded
 from .masked import MaskedLM, positions_of
 from .networks import TransformersNetwork
 from .pair import DEMO, MASKED, LMTeacherConfig, Pair
@@ -32,7 +32,7 @@ class EncoderStudentConfig:
 
     Attributes:
         path: a folder or hub id of a masked language model that students begin as, or "demo" for a small BERT layout with
-            random weights.
+            random weights (beside a demo's teacher, of that one's layout).
         revision: branch, tag or commit on the hub.
         layers: of the demo.
         width: of the demo.
@@ -147,7 +147,8 @@ class Encoders:
                 raise InputError(
                     f"expected a width that {count} heads divide, got {config.width}; fix --student.width or --student.heads"
                 )
-            model = bert_layout(config.layers, config.width, pair.tokenizer, pair.window, pair.seed + 1, count)
+            lay = rotary_layout if pair.teacher_config.path == DEMO else bert_layout
+            model = lay(config.layers, config.width, pair.tokenizer, pair.window, pair.seed + 1, count)
             model = model.to(pair.device)
         else:
             model = self._opened("AutoModelForMaskedLM", config.path, "--student.path", config.revision)

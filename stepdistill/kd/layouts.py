@@ -1,4 +1,4 @@
-"""Models made anew: GPT-2 and BERT layouts with a tokenizer trained on the texts, a ResNet layout. Weights come from a seed."""
+"""Models made anew: GPT-2, BERT, NomicBERT and ResNet layouts, weights from a seed, and tokenizers trained on the texts."""
 
 from __future__ import annotations
 
@@ -103,6 +103,27 @@ def bert_layout(layers: int, width: int, tokenizer: Any, window: int, seed: int,
         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
     return seeded(seed, lambda: BertForMaskedLM(config))
+
+
+def rotary_layout(layers: int, width: int, tokenizer: Any, window: int, seed: int, heads: int | None = None) -> Any:
+    """NomicBertForMaskedLM (arXiv 2402.01613), a BERT with rotary positions and gated units, as :func:`bert_layout`.
+
+    What demos begin with: positions that have to be learned keep a small BERT at the frequencies of single words for a
+    thousand steps and more; rotary ones (arXiv 2104.09864) need a hundred.
+    """
+    from transformers import NomicBertConfig, NomicBertForMaskedLM
+
+    heads = heads or _heads(width)
+    if width % (2 * heads):
+        raise InputError(
+            f"expected an even number of entries in each of {heads} heads, got a width of {width}; fix the width"
+        )
+    config = NomicBertConfig(
+        vocab_size=len(tokenizer), hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
+        intermediate_size=2 * width, max_position_embeddings=window, pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.05,
+    )  # fmt: skip
+    return seeded(seed, lambda: NomicBertForMaskedLM(config))
 
 
 def _heads(width: int) -> int:

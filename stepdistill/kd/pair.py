@@ -12,7 +12,7 @@ from ..data.text import Example, TextConfig
 from ..data.tokens import TokenRows
 from ..errors import InputError
 from ..networks.lora import StudentConfig
-from .layouts import bert_layout, gpt2_layout, train_masked_tokenizer, train_tokenizer
+from .layouts import gpt2_layout, rotary_layout, train_masked_tokenizer, train_tokenizer
 from .masked import MaskedLM
 from .networks import CausalLM, LanguageModel
 from .teacher_cache import CachedRows, Key
@@ -121,7 +121,7 @@ class Kind(Generic[M]):
 
 
 CAUSAL: Kind[CausalLM] = Kind("AutoModelForCausalLM", CausalLM, gpt2_layout, train_tokenizer)
-MASKED: Kind[MaskedLM] = Kind("AutoModelForMaskedLM", MaskedLM, bert_layout, train_masked_tokenizer)
+MASKED: Kind[MaskedLM] = Kind("AutoModelForMaskedLM", MaskedLM, rotary_layout, train_masked_tokenizer)
 
 
 class Pair(Generic[M]):

@@ -61,12 +61,14 @@ def test_a_classifier_has_the_layers_of_its_encoder_and_a_life_of_its_own(encode
     own: Any = tuned.module
     given: Any = teacher.module
     assert tuned.classes == {0: "files", 1: "sockets"} and own.training
-    for name, value in given.bert.state_dict().items():
-        assert_close(own.bert.state_dict()[name], value, **EXACT)
+    for name, value in given.base_model.state_dict().items():
+        assert_close(own.base_model.state_dict()[name], value, **EXACT)
     assert "fill" not in own.config.id2label and given.config.id2label != own.config.id2label
     with torch.no_grad():
-        own.bert.embeddings.word_embeddings.weight.add_(1.0)
-    assert not torch.equal(own.bert.embeddings.word_embeddings.weight, given.bert.embeddings.word_embeddings.weight)
+        own.base_model.embeddings.word_embeddings.weight.add_(1.0)
+    assert not torch.equal(
+        own.base_model.embeddings.word_embeddings.weight, given.base_model.embeddings.word_embeddings.weight
+    )
     again = encoders.classifier(teacher)
     assert_close(again.module.state_dict()["classifier.weight"], own.state_dict()["classifier.weight"], **EXACT)
 
@@ -85,6 +87,13 @@ def test_checkpoints(encoders: Encoders, saved: Path) -> None:
     assert found.tuned(teacher).classes == {0: "files", 1: "sockets"}
     named = found.tuned(teacher).module.state_dict()["classifier.weight"]
     assert_close(named, encoders.classifier(encoders.teacher()).module.state_dict()["classifier.weight"], **EXACT)
+
+
+def test_a_student_is_laid_out_as_a_demos_teacher_or_as_a_bert_beside_a_checkpoint(
+    encoders: Encoders, saved: Path
+) -> None:
+    assert encoders.teacher().config.model_type == encoders.student(2).config.model_type == "nomic_bert"
+    assert made(path=str(saved / "teacher")).student(2).config.model_type == "bert"
 
 
 def test_checkpoints_that_do_not_fit(encoders: Encoders, saved: Path, tmp_path: Path) -> None:

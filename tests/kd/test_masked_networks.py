@@ -15,7 +15,7 @@ from stepdistill.data.masked import MaskedRows, MaskedTokens, MaskingConfig
 from stepdistill.data.text import Example
 from stepdistill.errors import InputError
 from stepdistill.kd import masked_evaluation
-from stepdistill.kd.layouts import bert_layout, train_masked_tokenizer
+from stepdistill.kd.layouts import bert_layout, rotary_layout, train_masked_tokenizer
 from stepdistill.kd.masked import MaskedLM, MaskedToken
 from stepdistill.kd.masked_evaluation import MaskedEvalConfig, MaskedExamination, score
 
@@ -127,14 +127,30 @@ def test_a_layout_with_a_tokenizer_of_its_own(tokenizer: Any) -> None:
     assert train_masked_tokenizer(TEXTS, 300, 32).get_vocab() == tokenizer.get_vocab() and len(tokenizer) == 300
     hidden = tokenizer("the [MASK] opens", add_special_tokens=False)["input_ids"]
     assert hidden[1] == tokenizer.mask_token_id, "the mask takes the blank before it, as a word's token does"
-    one, other = (bert_layout(2, 32, tokenizer, 16, seed) for seed in (0, 0))
-    assert_close(one.state_dict(), other.state_dict(), **EXACT)
-    assert one.config.pad_token_id == tokenizer.pad_token_id and one.config.vocab_size == 300
-    assert one.config.hidden_dropout_prob == one.config.attention_probs_dropout_prob == 0.0
     with pytest.raises(InputError, match=r"261 tokens.*--vocabulary"):
         train_masked_tokenizer(TEXTS, 260, 32)
+
+
+@pytest.mark.parametrize("layout", [bert_layout, rotary_layout])
+def test_a_layout_is_a_function_of_its_seed_without_dropout(tokenizer: Any, layout: Any) -> None:
+    one, same, other = (layout(2, 32, tokenizer, 16, seed) for seed in (0, 0, 1))
+    assert_close(one.state_dict(), same.state_dict(), **EXACT)
+    assert not torch.equal(one.get_input_embeddings().weight, other.get_input_embeddings().weight)
+    assert one.config.pad_token_id == tokenizer.pad_token_id and one.config.vocab_size == 300
+    assert one.config.hidden_dropout_prob == one.config.attention_probs_dropout_prob == 0.0
+    assert MaskedLM(one).is_factored and MaskedLM(one).depth == 2 and MaskedLM(one).window == 16
     with pytest.raises(InputError, match="multiple of 32"):
-        bert_layout(1, 100, tokenizer, 16, 0)
+        layout(1, 100, tokenizer, 16, 0)
+
+
+def test_rotary_positions_are_pairs_of_entries(tokenizer: Any) -> None:
+    with pytest.raises(InputError, match="even number of entries"):
+        rotary_layout(1, 9, tokenizer, 16, 0, heads=3)
+    ids = torch.tensor([tokenizer("the file opens")["input_ids"]])
+    lm = rotary_layout(1, 32, tokenizer, 16, 0).eval()
+    with torch.no_grad():
+        swapped = lm(ids[:, [0, 2, 1, *range(3, ids.shape[1])]]).logits
+        assert not torch.allclose(lm(ids).logits[:, 0], swapped[:, 0]), "the order of the others is seen"
 
 
 def test_an_examination_reads_so_much_and_shows_guesses(tokenizer: Any) -> None:
