@@ -64,6 +64,8 @@ def main(parsed: Parsed[Recipe]) -> None:
     student.checkpoint_activations(r.train.gradient_checkpointing)
     shared = projection(student, teacher, seed)
     general = TinyBERTLayers(r.method, student, teacher, shared)  # says what does not fit before anything trains
+    if s.general or s.intermediate:
+        trainer.check(general)
     if steps := r.teacher.steps(r.train.max_train_steps):
         trainer.fit(MaskedToken(teacher), masked, "teacher", steps=steps)
     tuned = encoders.tuned(teacher.frozen())

@@ -34,15 +34,17 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     (folder / "text.txt").write_text("\n\n".join(lines))
     tokenizer = train_masked_tokenizer([Example(line) for line in lines], 300, 24)
-    from transformers import RobertaConfig, RobertaForMaskedLM
+    from transformers import BertConfig, BertForMaskedLM, RobertaConfig, RobertaForMaskedLM
 
     sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24, "num_hidden_layers": 3}
     special = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": 2, "eos_token_id": 3}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = RobertaForMaskedLM(RobertaConfig(vocab_size=300, max_position_embeddings=32, **sizes, **special))
-    for part in (model, tokenizer):
-        part.save_pretrained(folder / "roberta")
+        roberta = RobertaForMaskedLM(RobertaConfig(vocab_size=300, max_position_embeddings=32, **sizes, **special))
+        bert = BertForMaskedLM(BertConfig(vocab_size=300, max_position_embeddings=32, **sizes, **special))
+    for model, name in ((roberta, "roberta"), (bert, "bert")):
+        for part in (model, tokenizer):
+            part.save_pretrained(folder / name)
     return folder
 
 
@@ -65,7 +67,7 @@ def facts(folder: Path) -> dict[str, Any]:
 def test_what_a_run_leaves_behind(finished: Any) -> None:
     folder, _ = finished
     said = facts(folder)
-    assert (said["class"], said["task"], said["base_model"]) == ("DistilBertForMaskedLM", "fill-mask", None)
+    assert (said["class"], said["task"], said["base_model"]) == ("NomicBertForMaskedLM", "fill-mask", None)
     results = said["results"]
     names = {"before", "teacher", "random", "control", "student"}
     assert results["perplexity"].keys() == results["accuracy"].keys() == names and results["layers"] == [0, 3]
@@ -82,14 +84,27 @@ def test_what_a_run_leaves_behind(finished: Any) -> None:
     assert [p.name for p in (folder / "samples").iterdir()] == ["000012.txt"]
 
 
-def test_stock_transformers_opens_it_and_fills_a_mask(finished: Any) -> None:
+def fills_a_mask(folder: Path, kind: str) -> None:
+    """As a stock model of two layers."""
     from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
 
-    folder, _ = finished
     model, tokenizer = AutoModelForMaskedLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    assert model.config.model_type == "distilbert" and model.config.n_layers == 2
+    assert model.config.model_type == kind and model.config.num_hidden_layers == 2
     found = pipeline("fill-mask", model=model, tokenizer=tokenizer)("The [MASK] opens a file", top_k=2)
     assert len(found) == 2 and all(0 < guess["score"] < 1 for guess in found)
+
+
+def test_stock_transformers_opens_it_and_fills_a_mask(finished: Any) -> None:
+    fills_a_mask(finished[0], "nomic_bert")
+
+
+def test_of_a_bert_by_path_it_becomes_a_distilbert(inputs: Path, tmp_path: Path) -> None:
+    more = ["--teacher.path", inputs / "bert", "--student.depth", 2, "--control", "false"]
+    run_in_process(load_recipe("distilbert"), given(inputs, tmp_path / "out", *more))
+    said = facts(tmp_path / "out")
+    assert (said["class"], said["results"]["layers"]) == ("DistilBertForMaskedLM", [0, 2])
+    assert said["verified"]["logits_differ_by"] == 0.0 and said["base_model"] == str(inputs / "bert")
+    fills_a_mask(tmp_path / "out", "distilbert")
 
 
 def test_a_run_that_died_in_its_last_fit_ends_as_one_that_did_not(
