@@ -6,11 +6,12 @@ and keys instead: ours computes Q K^T * scaling from them and then does what `sd
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, overload
 
 from torch import Tensor, nn
 
@@ -19,8 +20,30 @@ from ..networks.network import Network
 
 NAME = "stepdistill_scores"  # of our function among Transformers' attention implementations
 
+
+class Scores(Sequence[Tensor]):
+    """The scores of layers, [B, h, S, S] each; every one is computed when it is asked for, and not kept."""
+
+    def __init__(self) -> None:
+        self._layers: list[Callable[[], Tensor]] = []
+
+    def add(self, layer: Callable[[], Tensor]) -> None:
+        """What computes the next layer's."""
+        self._layers.append(layer)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Tensor]: ...
+    def __getitem__(self, index: int | slice) -> Tensor | list[Tensor]:
+        return [layer() for layer in self._layers[index]] if isinstance(index, slice) else self._layers[index]()
+
+
 # of a thread or task alone, so that scores never land in another's list
-_KEPT: ContextVar[list[Tensor] | None] = ContextVar("attention scores", default=None)
+_KEPT: ContextVar[Scores | None] = ContextVar("attention scores", default=None)
 
 
 def scores(query: Tensor, key: Tensor, scaling: float | None) -> Tensor:
@@ -34,7 +57,7 @@ def scores(query: Tensor, key: Tensor, scaling: float | None) -> Tensor:
     """
     shared = query.shape[1] // key.shape[1]
     keys = key if shared == 1 else key.repeat_interleave(shared, 1)
-    return query @ keys.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    return query * (query.shape[-1] ** -0.5 if scaling is None else scaling) @ keys.transpose(2, 3)  # fewer to scale
 
 
 def _attention(
@@ -50,20 +73,20 @@ def _attention(
                 "expected attention of queries and keys alone, got a bias by position, which is no part of the scores; give "
                 "--method.attention_weight 0"
             )
-        kept.append(scores(query, key, more.get("scaling")))
+        kept.add(partial(scores, query, key, more.get("scaling")))
     found: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, mask, **more)
     return found
 
 
 @contextmanager
-def attention_scores(module: Any) -> Iterator[list[Tensor]]:
+def attention_scores(module: Any) -> Iterator[Scores]:
     """Collects the scores of all layers, [B, h, S, S] each, in the order of calls, of what the module computes within it.
 
     They have a graph where the forward has one. The model computes as with `sdpa` meanwhile; its own implementation is back
     afterwards, after an error too. One module is not to be in two of these at once.
 
     Args:
-        module: a PreTrainedModel. One whose attention bypasses the interface leaves the list empty.
+        module: a PreTrainedModel. One whose attention bypasses the interface leaves them empty.
     """
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -71,7 +94,7 @@ def attention_scores(module: Any) -> Iterator[list[Tensor]]:
     if NAME not in ALL_ATTENTION_FUNCTIONS:
         ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, sdpa_mask)  # without it padding would get no mask at all
         ALL_ATTENTION_FUNCTIONS.register(NAME, _attention)
-    before, kept = module.config._attn_implementation, list[Tensor]()
+    before, kept = module.config._attn_implementation, Scores()
     token = _KEPT.set(kept)
     try:
         module.set_attn_implementation(NAME)
@@ -107,7 +130,7 @@ class Inside:
     """
 
     hidden: tuple[Tensor, ...]
-    scores: tuple[Tensor, ...]
+    scores: Scores
 
 
 def inside(network: Network, input_ids: Tensor, attention_mask: Tensor, with_scores: bool = True) -> Inside:
@@ -118,7 +141,7 @@ def inside(network: Network, input_ids: Tensor, attention_mask: Tensor, with_sco
     module: Any = network.module
     # what trains goes through net, so that DDP knows of it; a frozen teacher needs no head, which may have a vocabulary to fill
     forward = network.net if network.trainable() else module.base_model
-    taking: AbstractContextManager[list[Tensor]] = attention_scores(module) if with_scores else nullcontext([])
+    taking: AbstractContextManager[Scores] = attention_scores(module) if with_scores else nullcontext(Scores())
     with taking as kept, network.active():
         hidden = forward(
             input_ids=input_ids, attention_mask=attention_mask.long(), output_hidden_states=True
@@ -129,4 +152,4 @@ def inside(network: Network, input_ids: Tensor, attention_mask: Tensor, with_sco
             f"expected the attention scores of {layers} layers, got {len(kept)}: that of {type(module).__name__} does not go "
             "through Transformers' AttentionInterface; give --method.attention_weight 0"
         )
-    return Inside(tuple(hidden), tuple(kept))
+    return Inside(tuple(hidden), kept)

@@ -180,7 +180,7 @@ class TinyBERTLayers(Method):
         terms = {"hidden": self.config.hidden_weight * torch.stack(hidden).sum(0).mean()}  # eq. 6, lambda_m = 1; eq. 11
         if attention:
             pairs = zip(ours.scores, self.map[1:], strict=True)
-            apart = [attention_distance(a, theirs.scores[n - 1], real) for a, n in pairs]
+            apart = [attention_distance(a, theirs.scores[n - 1], real) for a, n in pairs]  # no others are computed
             terms["attention"] = self.config.attention_weight * torch.stack(apart).sum(0).mean()
         return Losses(terms, {"embeddings": hidden[0].detach().mean()}, count=float(len(ids)))
 

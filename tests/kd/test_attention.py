@@ -76,7 +76,7 @@ def test_threads_keep_apart() -> None:
             together.wait()
             module(**tokens)
             together.wait()
-        found[name] = kept
+        found[name] = list(kept)
 
     jobs = {"one": (bert(0), given(0, 1)), "other": (bert(1, layers=3), given(5))}
     threads = [threading.Thread(target=take, args=(name, *job)) for name, job in jobs.items()]
@@ -105,6 +105,23 @@ def test_a_teacher_has_no_graph_and_a_student_has() -> None:
     grads = dict(pupil.module.named_parameters())
     first, last = (grads[f"bert.encoder.layer.{n}.attention.self.query.weight"].grad for n in (0, 1))
     assert first is not None and last is not None and first.abs().max() > 0 and last.abs().max() > 0
+
+
+def test_scores_are_computed_for_the_layers_that_are_asked_for_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[Tensor]()
+
+    def counted(query: Tensor, key: Tensor, scaling: float | None) -> Tensor:
+        asked.append(query)
+        return scores(query, key, scaling)
+
+    monkeypatch.setattr("stepdistill.kd.attention.scores", counted)
+    found = inside(Network(bert(0, layers=3)), **given()).scores
+    assert len(found) == 3 and not asked
+    one = found[2]
+    assert len(asked) == 1
+    assert_close([one], found[2:], **EXACT)
+    with pytest.raises(IndexError):
+        found[3]
 
 
 def test_keys_that_heads_share_are_repeated() -> None:
