@@ -26,7 +26,9 @@ def run_ranks(script: str, arguments: Sequence[object], modules: Sequence[str] =
         "ACCELERATE_USE_CPU": "true",
     }  # fmt: skip
     command = [sys.executable, str(TESTS / "ranks.py"), str(count), ",".join(modules), str(TESTS / script)]
-    done = subprocess.run([*command, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(
+        [*command, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=900
+    )
     assert done.returncode == 0, done.stderr
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -46,12 +45,3 @@ def flags(place: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[st
     monkeypatch.setattr(command, "RESAMPLES", 20)
     monkeypatch.setattr(command, "write_report", lambda *_: None)  # seconds each
     return partial(bench_words, place)
-
-
-@pytest.fixture(scope="module")
-def little_to_collect() -> Iterator[None]:
-    """What the libraries made when they were imported is left out of many collections: most of their time."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
