@@ -1,7 +1,7 @@
 """Several processes as torchrun starts them, but imports are made once: `python ranks.py COUNT MODULES SCRIPT ARGUMENTS...`.
 
 MODULES, with commas between them, are imported before the processes are forked: they take seconds, and torchrun itself takes
-two. What torchrun and `accelerate launch` do with signals is tested with them, in tests/training/test_launchers.py.
+two. One alone is told nothing. What a test of torchrun itself is about is run under torchrun.
 """
 
 from __future__ import annotations
@@ -19,16 +19,23 @@ TESTS = Path(__file__).resolve().parent
 TRAINING = ("accelerate", "stepdistill.training.trainer", "torch._dynamo")  # an optimizer imports the last
 
 
-def run_ranks(script: str, arguments: Sequence[object], modules: Sequence[str] = TRAINING, count: int = 2) -> None:
+def run_ranks(
+    script: str,
+    arguments: Sequence[object],
+    modules: Sequence[str] = TRAINING,
+    count: int = 2,
+    torchrun: bool = False,
+) -> None:
     """Runs a script of tests/ in `count` processes on the CPU, and fails where one of them does."""
     environment = {
         **os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]), "OMP_NUM_THREADS": "1",
         "ACCELERATE_USE_CPU": "true",
     }  # fmt: skip
-    command = [sys.executable, str(TESTS / "ranks.py"), str(count), ",".join(modules), str(TESTS / script)]
-    done = subprocess.run(
-        [*command, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=900
-    )
+    launcher = [str(TESTS / "ranks.py"), str(count), ",".join(modules)]
+    if torchrun:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
+    command = [sys.executable, *launcher, str(TESTS / script), *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
 
 
@@ -37,7 +44,7 @@ def become(rank: int, count: int, port: int) -> None:
     store = os.read(port, 16).decode()
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=store, TORCHELASTIC_USE_AGENT_STORE="True",
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=store, TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RUN_ID="ranks",
     )  # fmt: skip
 
 
@@ -60,6 +67,9 @@ def main() -> None:
     from torch.distributed import TCPStore
 
     sys.argv = [script, *arguments]
+    if int(count) == 1:
+        runpy.run_path(script, run_name="__main__")
+        return
     ranks, pipes = [], [os.pipe() for _ in range(int(count))]
     for rank, (port, _) in enumerate(pipes):
         ranks.append(os.fork())

@@ -17,10 +17,10 @@ from stepdistill.training.checkpoint import CheckpointStore
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="forks")
 
 
-def launched(mode: str, folder: Path, processes: int = 2) -> None:
+def launched(mode: str, folder: Path, processes: int = 2, torchrun: bool = False) -> None:
     """The runs of `mode`, in one or several processes."""
     folder.mkdir(exist_ok=True)
-    run_ranks("toy_process.py", [mode, folder], count=processes)
+    run_ranks("toy_process.py", [mode, folder], count=processes, torchrun=torchrun)
 
 
 def agree(folder: Path, other: Path) -> None:
@@ -34,7 +34,7 @@ def agree(folder: Path, other: Path) -> None:
 def test_two_processes_compute_what_one_does(tmp_path: Path) -> None:
     (tmp_path / "1").mkdir()
     ranks(tmp_path / "1")
-    launched("ranks", tmp_path / "2")
+    launched("ranks", tmp_path / "2", torchrun=True)
     one, two = tmp_path / "1", tmp_path / "2"
     for run in ("regression", "duel", "uneven", "lcm", "shared", "ladder-full", "ladd-full", "add-full"):
         agree(two / run, one / run)
