@@ -60,7 +60,7 @@ def chunked_loss(
         if teacher_head is None:
             raise ValueError("expected the teacher's head for the divergence, got None")
         shared = min(len(student_head.weight), len(teacher_head.weight))
-        target = _Live(teacher_hidden.detach().flatten(0, -2), rows, teacher_head, shared, _wide(student_hidden))
+        target = _Live(teacher_hidden.detach().flatten(0, -2), rows, teacher_head, shared, wide(student_hidden))
     return _summed(objective, student_hidden, student_head, rows, target, chosen, chunk_size)
 
 
@@ -76,7 +76,7 @@ def bucket_loss(
     """What :func:`.targets.dense_bucket_loss` gives for the head's logits; everything else as in :func:`chunked_loss`."""
     buckets.asked.check(objective.divergence, len(student_head.weight))
     rows, chosen = valid_rows(objective, student_hidden, buckets.log_probs, mask, labels, len(student_head.weight))
-    target = buckets.chosen(rows, _wide(student_hidden)) if objective.kd_weight else None
+    target = buckets.chosen(rows, wide(student_hidden)) if objective.kd_weight else None
     return _summed(objective, student_hidden, student_head, rows, target, chosen, chunk_size)
 
 
@@ -93,14 +93,14 @@ def _summed(
 @torch.no_grad()
 def chunked_logits(hidden: Tensor, head: Head, entries: int, chunk_size: int = CHUNK) -> Iterator[Tensor]:
     """The first logits [c, entries] of hidden states [N, H], a chunk after the other, in the losses' own precision."""
-    layer = _Layer(head, entries, _wide(hidden))
+    layer = Layer(head, entries, wide(hidden))
     for part in hidden.split(chunk_size):
-        z = hidden.new_empty(len(part), entries, dtype=_wide(hidden))
+        z = hidden.new_empty(len(part), entries, dtype=wide(hidden))
         layer.write(part, z)
         yield z
 
 
-def _wide(hidden: Tensor) -> torch.dtype:
+def wide(hidden: Tensor) -> torch.dtype:
     """The precision of logits, and of all sums."""
     return torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
@@ -122,7 +122,7 @@ class _Live(Target):
 
     def __init__(self, hidden: Tensor, rows: Tensor, head: Head, entries: int, wide: torch.dtype) -> None:
         self.hidden, self.rows, self.shared = hidden, rows, entries
-        self.layer, self.start, self.z = _Layer(head, entries, wide), 0, hidden.new_empty(0, entries, dtype=wide)
+        self.layer, self.start, self.z = Layer(head, entries, wide), 0, hidden.new_empty(0, entries, dtype=wide)
 
     @property
     def entries(self) -> int:
@@ -165,7 +165,7 @@ class _Loss(torch.autograd.Function):
         return (*(None if g is None else g.mul_(upstream[0].to(g.dtype)) for g in found), None)
 
 
-class _Layer:
+class Layer:
     """The first entries of a head: logits = c tanh((h W^T + b) / c), and their derivatives' products with a gradient."""
 
     def __init__(self, head: Head, entries: int, wide: torch.dtype) -> None:
@@ -208,11 +208,11 @@ class _Pass:
 
     def __init__(self, h: Tensor, weight: Tensor, bias: Tensor | None, work: _Work, wanted: list[bool]) -> None:
         self.h, self.work, self.wanted, self.inputs = h, work, wanted, (h, weight, bias)
-        self.wide = _wide(h)
+        self.wide = wide(h)
         self.shared = 0 if work.target is None else work.target.entries
         self.used = self.shared if work.labels is None else len(weight)  # entries of the student that are looked at
         head = Head(weight, bias, work.softcap)
-        self.student = _Layer(head, self.used, self.wide)
+        self.student = Layer(head, self.used, self.wide)
         self.sums = [
             torch.zeros(x.shape, dtype=self.wide, device=x.device) if x is not None and asked else None
             for x, asked in zip(self.inputs, wanted, strict=True)

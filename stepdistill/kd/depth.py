@@ -79,6 +79,11 @@ def shallower(teacher: MaskedLM, layers: Sequence[int], keep_segment: bool = Tru
         try:
             student.load_state_dict(state)
         except RuntimeError as error:
+            if layers[0] != 0:  # ModernBERT's first layer has no norm before its attention
+                raise InputError(
+                    f"expected layer 0 to begin a student of a {type(module).__name__}, where a layer's place decides what is "
+                    f"in it, got {','.join(map(str, layers))}; begin --student.layers with 0"
+                ) from error
             raise _no_layout(module, " ".join(str(error).split())[:200]) from error
     return MaskedLM(student.float().to(next(module.parameters()).device))
 
@@ -130,8 +135,8 @@ def _same(teacher: MaskedLM, layers: Sequence[int], _keep_segment: bool) -> tupl
     if len(stacks) != 1:
         raise _no_layout(module, f"{len(stacks)} lists of {teacher.depth} layers")
     config = copy.deepcopy(teacher.config)
-    if config.to_dict().get("layer_types"):
-        raise _no_layout(module, "layers of several kinds")
+    if kinds := config.to_dict().get("layer_types"):  # ModernBERT's, of whole and of sliding attention
+        config.layer_types = [kinds[layer] for layer in layers]
     config.num_hidden_layers = len(layers)
     return lambda: type(module)(config), _chosen(teacher, stacks[0], layers)
 
@@ -153,5 +158,5 @@ def _chosen(teacher: MaskedLM, stack: str, layers: Sequence[int]) -> dict[str, T
 def _no_layout(module: nn.Module, why: str) -> InputError:
     return InputError(
         f"expected a masked language model whose layers are a stack like BERT's, got {type(module).__name__} ({why}); give "
-        "--teacher.path a BERT, RoBERTa or DistilBERT"
+        "--teacher.path a BERT, RoBERTa, DistilBERT or ModernBERT"
     )

@@ -24,6 +24,7 @@ from .vocabulary import check_same_tokens
 
 FULL = StudentConfig(kind="full")
 TUNED = "--stages.fine_tuned"
+WIDTH = 64  # of a demo, about
 
 
 @dataclass
@@ -35,14 +36,14 @@ class EncoderStudentConfig:
             random weights (beside a demo's teacher, of that one's layout).
         revision: branch, tag or commit on the hub.
         layers: of the demo.
-        width: of the demo.
+        width: of the demo; by default about 64, an even number for each of its heads.
         heads: of the demo; as many as the teacher's by default, as attention is aligned head with head.
     """
 
     path: str = DEMO
     revision: str | None = None
     layers: int = 2
-    width: int = 64
+    width: int | None = None
     heads: int | None = None
 
     def __post_init__(self) -> None:
@@ -143,12 +144,13 @@ class Encoders:
         config, pair = self.student_config, self.pair
         if config.path == DEMO:
             count = config.heads or heads
-            if config.width % count:
+            width = config.width or 2 * count * max(1, round(WIDTH / (2 * count)))
+            if width % count:
                 raise InputError(
-                    f"expected a width that {count} heads divide, got {config.width}; fix --student.width or --student.heads"
+                    f"expected a width that {count} heads divide, got {width}; fix --student.width or --student.heads"
                 )
             lay = rotary_layout if pair.teacher_config.path == DEMO else bert_layout
-            model = lay(config.layers, config.width, pair.tokenizer, pair.window, pair.seed + 1, count)
+            model = lay(config.layers, width, pair.tokenizer, pair.window, pair.seed + 1, count)
             model = model.to(pair.device)
         else:
             model = self._opened("AutoModelForMaskedLM", config.path, "--student.path", config.revision)

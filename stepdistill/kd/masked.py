@@ -19,7 +19,7 @@ from ..data.masked import MaskedTokens
 from ..method import Losses, Method
 from ..networks.network import Network
 from .chunked import CHUNK, chunked_loss
-from .networks import LanguageModel
+from .networks import LanguageModel, NotCalled
 from .reduction import Objective, TokenLoss, dense_loss
 
 
@@ -82,6 +82,8 @@ class MaskedLM(LanguageModel):
         """What the head's last layer reads, [B, S, H'], after the transform. Where :attr:`is_factored`."""
         with self._before_logits() as kept:
             self._run(input_ids, attention_mask)
+        if not kept:
+            raise NotCalled(f"expected logits of {type(self.output_layer).__name__}, got them without a call of it")
         return kept[0]
 
     def read(self, input_ids: Tensor, attention_mask: Tensor, factored: bool) -> Reading:

@@ -28,6 +28,7 @@ from .networks import CausalLM, smaller_teacher
 from .policy_gradient import PolicyGradient, Variant, Weights, Written
 from .reduction import Objective, next_token
 from .rollouts import TO_WRITE, Mixture, check_prompts, generate
+from .wide_logits import wide_logits
 
 REVERSE = Divergence("reverse_kl")
 
@@ -178,7 +179,7 @@ def scored(student: CausalLM, teacher: CausalLM, tokens: Tokens, chunk_size: int
         rows = slice(start, start + chunk_size)
         z, z_teacher = h[rows], h_teacher[rows]
         if factored:
-            z, z_teacher = student.head.logits(z), teacher.head.logits(z_teacher)
+            z, z_teacher = wide_logits(z, student.head), wide_logits(z_teacher, teacher.head)
         log_q, log_p = REVERSE.log_probs(z, z_teacher)
         chosen = labels[rows, None]
         return REVERSE.value(log_q, log_p), log_q.gather(1, chosen).squeeze(1), log_p.gather(1, chosen).squeeze(1)

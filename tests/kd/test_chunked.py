@@ -162,8 +162,8 @@ def test_what_is_frozen_gets_no_gradient(frozen: str) -> None:
 
 def test_a_frozen_head_costs_no_gradient_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    original = chunked._Layer.to_weight
-    monkeypatch.setattr(chunked._Layer, "to_weight", lambda *a: (asked.append(1), original(*a)))
+    original = chunked.Layer.to_weight
+    monkeypatch.setattr(chunked.Layer, "to_weight", lambda *a: (asked.append(1), original(*a)))
     case = Case.make()
     case.chunked(PLAIN)
     assert len(asked) == 3
@@ -266,7 +266,7 @@ def test_rounded_factors_as_on_a_gpu(low: torch.dtype, monkeypatch: pytest.Monke
 def test_small_gradients_are_not_lost_in_float16(monkeypatch: pytest.MonkeyPatch) -> None:
     """Below its smallest number: they come before any loss scale."""
     monkeypatch.setattr(chunked, "_low_precision", lambda weight, wide: torch.float16)
-    layer = chunked._Layer(Head(torch.ones(3, 2)), 3, torch.float32)
+    layer = chunked.Layer(Head(torch.ones(3, 2)), 3, torch.float32)
     to_hidden, to_weight = torch.zeros(1, 2), torch.zeros(3, 2)
     layer.to_hidden(torch.full((1, 3), 1e-9), to_hidden)
     layer.to_weight(torch.full((1, 3), 1e-9), torch.ones(1, 2), to_weight)
@@ -331,7 +331,7 @@ def test_bad_input() -> None:
 
 def test_no_more_than_a_chunk_of_logits_is_ever_there(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
-    original = chunked._Layer.write
-    monkeypatch.setattr(chunked._Layer, "write", lambda self, h, z: (sizes.append(z.shape), original(self, h, z)))
+    original = chunked.Layer.write
+    monkeypatch.setattr(chunked.Layer, "write", lambda self, h, z: (sizes.append(z.shape), original(self, h, z)))
     Case.make((11, 8)).chunked(PLAIN, 4)
     assert sizes == [(4, 8), (4, 8)] * 2 + [(3, 8), (3, 8)]

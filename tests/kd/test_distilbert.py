@@ -1,5 +1,6 @@
 """DistilBERT: layers copied to the bit, three losses against sums written out, what must not matter: padding, cuts, order."""
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -145,9 +146,31 @@ def test_a_bert_that_distilbert_cannot_be_keeps_its_class() -> None:
 
 
 def test_layouts_that_are_no_stack_of_layers_are_refused() -> None:
-    for kind in ("albert", "modernbert"):
-        with pytest.raises(InputError, match=r"stack like BERT's.*--teacher\.path"):
-            shallower(MaskedLM(masked_model(0, 3, kind)), (0, 2))
+    with pytest.raises(InputError, match=r"stack like BERT's.*--teacher\.path"):
+        shallower(MaskedLM(masked_model(0, 3, "albert")), (0, 2))
+
+
+@pytest.mark.parametrize("layers", [(0, 1, 2, 3), (0, 2, 3), (0, 3)])
+def test_layers_of_a_modernbert_keep_their_kind_of_attention(layers: tuple[int, ...], tmp_path: Path) -> None:
+    special = dict.fromkeys(("bos_token_id", "cls_token_id"), 1) | dict.fromkeys(("eos_token_id", "sep_token_id"), 2)
+    teacher = sage(layers=4, kind="modernbert", local_attention=4, **special)
+    student = shallower(teacher, layers)
+    kinds = ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]
+    assert student.config.layer_types == [kinds[layer] for layer in layers]
+    tokens = MaskedTokens.of(taken(framed(), range(6, 12)))
+    given = {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask.long()}
+    student.module.eval().save_pretrained(tmp_path)
+    wanted: Any = copy.deepcopy(teacher.module)
+    wanted.model.layers = torch.nn.ModuleList([wanted.model.layers[layer] for layer in layers])
+    opened = type(wanted).from_pretrained(tmp_path)
+    with torch.no_grad():
+        for found in (student.module, opened):
+            assert_close(found(**given).logits[tokens.attention_mask], wanted(**given).logits[tokens.attention_mask])
+
+
+def test_a_modernbert_begins_with_its_first_layer() -> None:
+    with pytest.raises(InputError, match=r"layer 0 to begin.*got 1,3; begin --student\.layers with 0"):
+        shallower(sage(layers=4, kind="modernbert"), (1, 3))
 
 
 def test_a_student_in_train_mode_that_shares_nothing() -> None:

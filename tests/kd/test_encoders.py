@@ -55,6 +55,13 @@ def test_a_demo_has_heads_of_the_teachers_number_and_the_same_weights_each_time(
         encoders.student(3)
 
 
+@pytest.mark.parametrize(("heads", "wanted"), [(4, 64), (12, 72), (16, 64), (3, 66)])
+def test_a_width_that_is_left_open_goes_with_the_teachers_heads(saved: Path, heads: int, wanted: int) -> None:
+    """BERT's 12 heads do not divide 64."""
+    for teacher in ({}, {"path": str(saved / "teacher")}):
+        assert Shape.of(made({"width": None}, **teacher).student(heads)) == Shape(1, heads, wanted)
+
+
 def test_a_classifier_has_the_layers_of_its_encoder_and_a_life_of_its_own(encoders: Encoders) -> None:
     teacher = encoders.teacher()
     tuned = encoders.tuned(teacher)

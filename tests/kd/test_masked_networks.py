@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from cloze import framed, masked_model, pupil, sage, taken
+from language import FULL
 from mps import on_mps
 from torch.nn import functional
 from torch.testing import assert_close
@@ -16,7 +17,7 @@ from stepdistill.data.text import Example
 from stepdistill.errors import InputError
 from stepdistill.kd import masked_evaluation
 from stepdistill.kd.layouts import bert_layout, rotary_layout, train_masked_tokenizer
-from stepdistill.kd.masked import MaskedLM, MaskedToken
+from stepdistill.kd.masked import MaskedLM, MaskedToken, are_factored
 from stepdistill.kd.masked_evaluation import MaskedEvalConfig, MaskedExamination, score
 
 KINDS = ("bert", "roberta", "distilbert")
@@ -167,3 +168,20 @@ def test_an_examination_reads_so_much_and_shows_guesses(tokenizer: Any) -> None:
     for change in ({"max_tokens": 2}, {"masks": 0}, {"samples": -1}):
         with pytest.raises(InputError, match=f"--eval.{next(iter(change))}"):
             MaskedEvalConfig(**change)
+
+
+@pytest.mark.parametrize("kind", ["mobilebert", "deberta-v2"])
+def test_heads_that_are_no_product_of_what_an_output_layer_reads_give_their_logits_whole(kind: str) -> None:
+    """MobileBERT multiplies by two tables side by side, DeBERTa names the transform as its output layer."""
+    options = {"deberta-v2": {"legacy": False}, "mobilebert": {"embedding_size": 8, "intra_bottleneck_size": 8}}[kind]
+    model = masked_model(0, 2, kind, **options)
+    lm, tokens = MaskedLM(model), MaskedTokens.of(taken(framed(), range(4, 10)))
+    assert not lm.explained
+    given = tokens.input_ids, tokens.attention_mask
+    with torch.no_grad():
+        wanted = model(input_ids=given[0], attention_mask=given[1].long()).logits
+        assert_close(lm.read(*given, are_factored(lm)).outputs, wanted, **EXACT)
+    loss = MaskedToken(MaskedLM(model).student(FULL)).training_step(taken(framed(), range(4, 10)))
+    labels = tokens.labels[tokens.loss_mask]
+    plain = functional.cross_entropy(wanted[tokens.loss_mask], labels)
+    assert_close(loss.terms["cross_entropy"].detach(), plain, **CLOSE)
