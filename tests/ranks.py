@@ -32,7 +32,7 @@ def run_ranks(
         "ACCELERATE_USE_CPU": "true",
     }  # fmt: skip
     launcher = [str(TESTS / "ranks.py"), str(count), ",".join(modules)]
-    if torchrun:
+    if torchrun or sys.platform != "linux":  # elsewhere a process that has imported so much may not fork
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
     command = [sys.executable, *launcher, str(TESTS / script), *map(str, arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
