@@ -42,7 +42,7 @@ def test_the_recipe_takes_the_command(recipe: str, tmp_path: Path) -> None:
     assert Path(words[1]).name == f"{recipe}.py"
     found = parse(load_recipe(recipe).Recipe, words[2:]).recipe
     assert (found.train.seed, found.teacher.width, found.output_dir) == (7, 32, str(tmp_path / "7")) and found.control
-    assert found.train.lr_warmup_steps == {"distilbert": 50, "tinybert": 30}[recipe], "the demo's options"
+    assert found.train.lr_warmup_steps == {"distilbert": 100, "tinybert": 50}[recipe], "the demo's options"
     assert found.train.resume_from_checkpoint == "latest"
 
 
@@ -104,9 +104,9 @@ def test_finished_runs_are_taken_and_told(
 
     about = json.loads(output.read_text())["protocol"]
     assert about["seeds"] == [0, 1] and about["steps"] == {
-        "distilbert": {"teacher": 800, "control": 400, "student": 400},
+        "distilbert": {"teacher": 2500, "control": 300, "student": 300},
         "tinybert": {
-            "teacher": 800, "fine-tuning": 300, "general": 600, "intermediate": 400, "prediction": 300,
+            "teacher": 1500, "fine-tuning": 300, "general": 600, "intermediate": 400, "prediction": 300,
             "control-general": 600, "control": 700,
         },
     }[recipe]  # fmt: skip
