@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kd_table import kd_methods
-from student_tables import image_students, language_students, own_text_students
+from student_tables import bert_students, image_students, language_students, own_text_students
 
 from stepdistill.bench.rows import Results
 from stepdistill.bench.table import aligned, markdown
@@ -219,6 +219,8 @@ BLOCKS = (
     Block("docs/guides/distilling_language_models.md", "gkd step", RESULTS / "gkd_step.json", gkd_step),
     Block("docs/guides/distilling_language_models.md", "language students", RESULTS / "lm_kd.json", language_students),
     Block("docs/guides/distilling_language_models.md", "own text", RESULTS / "gkd.json", own_text_students),
+    Block("docs/guides/distilling_language_models.md", "distilbert", RESULTS / "distilbert.json", bert_students),
+    Block("docs/guides/distilling_language_models.md", "tinybert", RESULTS / "tinybert.json", bert_students),
     Block("docs/guides/distilling_language_models.md", "image students", RESULTS / "hinton.json", image_students),
     Block(
         "docs/guides/distilling_language_models.md", "cached teacher", RESULTS / "cached_teacher.json", cached_teacher

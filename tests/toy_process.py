@@ -1,4 +1,4 @@
-"""Runs that need processes of their own: `python toy_process.py MODE FOLDER`, from the tests of the loop.
+"""Runs that need processes of their own: `python toy_process.py MODE FOLDER ...`, from the tests of the loop.
 
 kills, kills_in_saves, kills_sd    the same run twice, in FOLDER/whole and, killed with -9 again and again, in FOLDER/killed
 ranks, ranks_sd    what each rank of a torchrun does; with one process, what they must agree with
@@ -382,7 +382,8 @@ def main() -> None:
         "ranks": ranks, "ranks_sd": ranks_stable_diffusion,
         "prepare": prepare, "dawdle": dawdle, "hurry": hurry, "validate": validate, "full_disk": full_disk,
     }  # fmt: skip
-    modes[sys.argv[1]](Path(sys.argv[2]))
+    for mode, folder in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+        modes[mode](Path(folder))
 
 
 if __name__ == "__main__":

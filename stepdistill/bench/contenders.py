@@ -163,10 +163,13 @@ def weights_of(pipe: Any, known: dict[int, str]) -> str:
 
 
 def unique_name(path: str, names: set[str]) -> str:
-    """The last part of a path, numbered where it is taken, as a name that is also one of a file, on any disk."""
+    """The last part of a path, numbered where it is taken, as a name that is also one of a file, on any disk.
+
+    A number, such as a rung's or that of a seed, says little: it comes with the name of the folder that it is in.
+    """
     folder = Path(path).expanduser().resolve()
-    of = f"{folder.parents[1].name}-" if folder.parent.name == RUNGS else ""  # a single rung: its name is a number
-    stem = f"{of}{folder.name}".replace(" ", "_")
+    of = folder.parents[1] if folder.parent.name == RUNGS else folder.parent
+    stem = (f"{of.name}-{folder.name}" if folder.name.isdecimal() else folder.name).replace(" ", "_")
     name, number = stem, 2
     while name.casefold() in names:
         name, number = f"{stem}-{number}", number + 1

@@ -24,8 +24,6 @@ from stepdistill.errors import InputError
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 MB = 2**20
 
-pytestmark = pytest.mark.usefixtures("little_to_collect")
-
 
 def block(megabytes: int) -> Tensor:
     return torch.ones(megabytes * MB, dtype=torch.uint8)

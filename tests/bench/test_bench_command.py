@@ -36,6 +36,7 @@ def test_from_flags_to_files(
     flags: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "write_report", write_report)
+    monkeypatch.setattr(module, "open_contenders", open_contenders)
     out = tmp_path / "bench"
     cli.main(flags(out, "--repeats=1", "--batch_sizes=1,2", "--metrics=cmmd", "--save_images"))
     results = Results.read(out / "results.json")
@@ -107,7 +108,8 @@ def test_numbers_are_those_of_the_images(flags: Any, place: Path, tmp_path: Path
 
 
 @FEW
-def test_a_sweep_goes_on_and_its_cells_are_kept(flags: Any, tmp_path: Path) -> None:
+def test_a_sweep_goes_on_and_its_cells_are_kept(flags: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "open_contenders", open_contenders)  # anew for each sweep, and found to be the same
     cli.main(flags(tmp_path, "--skip_latency"))
     first, cells = Results.read(tmp_path / "results.json"), files_of(tmp_path / "cells")
     cli.main(flags(tmp_path, "--skip_latency"))

@@ -17,7 +17,7 @@ from tiny import tiny_pipeline
 from tiny_pixels import tiny_pixels
 from tiny_sdxl import tiny_sdxl
 
-from stepdistill.bench.contenders import Contender, open_contenders, side_of, weights_of
+from stepdistill.bench.contenders import Contender, open_contenders, side_of, unique_name, weights_of
 from stepdistill.bench.generate import denoiser_of
 from stepdistill.bench.rows import Cell
 from stepdistill.config import CommaList
@@ -301,3 +301,11 @@ def test_weights_that_are_missing_are_not_drawn(base: Path, tmp_path: Path) -> N
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(InputError, match="1 tensors missing from"):
         open_contenders(str(base), [str(tmp_path / "sd")])
+
+
+def test_names_of_folders(tmp_path: Path) -> None:
+    """A number comes with what it is a number of, a name that is taken with a number."""
+    taken = set[str]()
+    paths = ("kd/0", "jsd/0", "kd/0", "ladder/rungs/4", "my run")
+    found = [unique_name(str(tmp_path / path), taken) for path in paths]
+    assert found == ["kd-0", "jsd-0", "kd-0-2", "ladder-4", "my_run"]

@@ -20,8 +20,6 @@ from stepdistill.bench.memory import Peak, available_memory, first_call, free_ca
 CPU = torch.device("cpu")
 MB = 2**20
 
-pytestmark = pytest.mark.usefixtures("little_to_collect")
-
 
 def block(megabytes: int) -> Tensor:
     return torch.ones(megabytes * MB, dtype=torch.uint8)

@@ -1,8 +1,6 @@
 """The pixel recipe as users run it: an export that a stock pipeline samples as our solver does, resumed, refused."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -182,13 +180,8 @@ def test_bad_input_names_the_fix_and_trains_nothing(recipe: Any, inputs: Path, t
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def test_the_demos_config_parses_and_help_is_quick() -> None:
+def test_the_demos_config_parses() -> None:
     recipe = load_recipe("add")
     parsed = parse(recipe.Recipe, [], defaults=ROOT / "recipes" / "configs" / "add_demo.yaml")
     assert parsed.recipe.eval.steps.ints() == (4, 2, 1), "LCMScheduler makes no more steps than there are times"
     assert parsed.recipe.eye.path == "demo" and parse(recipe.Recipe, []).recipe.eye.path == "facebook/dinov2-small"
-    code = (
-        "import sys, importlib.util as u; s = u.spec_from_file_location('r', sys.argv[1]); m = u.module_from_spec(s); "
-        "sys.modules['r'] = m; s.loader.exec_module(m); assert not {'diffusers', 'peft', 'transformers'} & set(sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", code, str(ROOT / "recipes" / "add.py")], check=True, cwd=ROOT, timeout=60)

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -189,12 +187,7 @@ def test_bad_input_names_the_fix_and_trains_nothing(recipe: Any, inputs: Path, t
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def test_the_demos_config_parses_and_help_is_quick() -> None:
+def test_the_demos_config_parses() -> None:
     recipe = load_recipe("ladd")
     parsed = parse(recipe.Recipe, [], defaults=ROOT / "recipes" / "configs" / "ladd_demo.yaml")
     assert parsed.recipe.eval.steps.ints() == (4, 2, 1), "LCMScheduler makes no more steps than there are times"
-    code = (
-        "import sys, importlib.util as u; s = u.spec_from_file_location('r', sys.argv[1]); m = u.module_from_spec(s); "
-        "sys.modules['r'] = m; s.loader.exec_module(m); assert not {'diffusers', 'peft', 'transformers'} & set(sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", code, str(ROOT / "recipes" / "ladd.py")], check=True, cwd=ROOT, timeout=60)

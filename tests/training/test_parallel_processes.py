@@ -1,36 +1,24 @@
 """Two processes that share out a full student: they compute what one does, and their files are the files of any run."""
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from parallel_process import Blocks, Follow, climb_in, fit_in, unet
+from ranks import run_ranks
 from safetensors.torch import load_file
 from torch.testing import assert_close
 from toys import EXACT, rows, saved
 
-TESTS = Path(__file__).resolve().parent.parent
-
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="gloo over torchrun")
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="forks")
 
 
 def launched(mode: str, folder: Path) -> list[dict]:
     """What each of two processes says of its runs of `mode`."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
-        "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "true",
-    }
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(TESTS / "parallel_process.py"), mode, str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    run_ranks("parallel_process.py", [mode, folder])
     return [json.loads((folder / f"ends-{rank}.json").read_text()) for rank in (0, 1)]
 
 

@@ -1,12 +1,12 @@
 """Two processes compute what one does at the same global batch, stop together and fail together."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from ranks import run_ranks
 from torch.testing import assert_close
 from toy_process import Everything, fit_in, ranks
 from toys import Numbers, Regression, rows, saved
@@ -14,26 +14,13 @@ from toys import Numbers, Regression, rows, saved
 from stepdistill.data.order import indices
 from stepdistill.training.checkpoint import CheckpointStore
 
-TESTS = Path(__file__).resolve().parent.parent
-
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="gloo over torchrun")
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="forks")
 
 
-def launched(mode: str, folder: Path, processes: int) -> None:
+def launched(mode: str, folder: Path, processes: int = 2, torchrun: bool = False) -> None:
     """The runs of `mode`, in one or several processes."""
     folder.mkdir(exist_ok=True)
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
-        "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "true",
-    }
-    torchrun = (
-        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
-    )
-    command = [sys.executable, *torchrun, str(TESTS / "toy_process.py"), mode, str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    run_ranks("toy_process.py", [mode, folder], count=processes, torchrun=torchrun)
 
 
 def agree(folder: Path, other: Path) -> None:
@@ -47,7 +34,7 @@ def agree(folder: Path, other: Path) -> None:
 def test_two_processes_compute_what_one_does(tmp_path: Path) -> None:
     (tmp_path / "1").mkdir()
     ranks(tmp_path / "1")
-    launched("ranks", tmp_path / "2", processes=2)
+    launched("ranks", tmp_path / "2", torchrun=True)
     one, two = tmp_path / "1", tmp_path / "2"
     for run in ("regression", "duel", "uneven", "lcm", "shared", "ladder-full", "ladd-full", "add-full"):
         agree(two / run, one / run)
@@ -93,7 +80,7 @@ def test_two_processes_train_a_lora_of_stable_diffusion_as_one_does(tmp_path: Pa
 @pytest.mark.slow
 def test_a_full_disk_ends_all_processes(tmp_path: Path) -> None:
     """In the middle of the second checkpoint; the first one stays."""
-    launched("full_disk", tmp_path / "run", processes=2)
+    launched("full_disk", tmp_path / "run")
     for rank in (0, 1):
         said = (tmp_path / "run" / f"ended-{rank}").read_text()
         assert "No space left" in said and "older checkpoints are untouched (4)" in said

@@ -1,13 +1,9 @@
-"""A killed run goes on to the same bits: in-process at every kind of moment, and with kill -9 at random ones."""
+"""A killed run goes on to the same bits, killed in this process at every kind of moment; test_killed.py has kill -9."""
 
 import hashlib
 import json
-import os
 import pickle
-import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,8 +29,6 @@ from toys import (
 from stepdistill.errors import InputError
 from stepdistill.method import Method
 from stepdistill.training.trainer import Trainer
-
-TESTS = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.parametrize("step", [1, 3, 4, 9])
@@ -297,46 +291,3 @@ def test_trackers_are_told_nothing_of_a_finished_fit(tmp_path: Path, monkeypatch
         trainer.fit(Regression(), Numbers(), "first")
         trainer.fit(Duel(), Numbers(), "second", steps=steps)
     assert starts == [0, 2, 4]
-
-
-# -- kill -9 -----------------------------------------------------------------------------------------------------------
-
-
-def lives(mode: str, folder: Path) -> tuple[list[int], list[int]]:
-    """The exit codes of all lives, and the steps that those began from which did not begin at 0."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-u", str(TESTS / "toy_process.py"), mode, str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    began = re.findall(r"^resuming from .* \(step (\d+)\)$", done.stdout, re.MULTILINE)
-    return json.loads(done.stdout.splitlines()[-1])["codes"], [int(step) for step in began]
-
-
-def check_lives(lives: tuple[list[int], list[int]], folder: Path) -> None:
-    codes, began = lives
-    # a life may also have ended before its kill came
-    assert codes.count(-9) >= len(codes) // 4 and set(codes) <= {0, -9} and codes[-2:] == [0, 0] and len(began) >= 2
-    same(folder / "killed", folder / "whole")
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="forks")
-def test_killed_at_random_moments_and_resumed_is_the_same(tmp_path: Path) -> None:
-    check_lives(lives("kills", tmp_path), tmp_path)
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="forks")
-def test_killed_within_a_checkpoint_and_resumed_is_the_same(tmp_path: Path) -> None:
-    """After some files, before the rename, and between the rename and the removal of the oldest."""
-    codes, began = lives("kills_in_saves", tmp_path)
-    assert codes == [-9, -9, -9, 0, 0] and began == [3, 6, 12]
-    same(tmp_path / "killed", tmp_path / "whole")
-    assert sorted(p.name for p in (tmp_path / "killed" / "checkpoints").iterdir()) == ["18", "20"]
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="forks")
-def test_a_killed_and_resumed_lora_of_stable_diffusion_is_the_same(tmp_path: Path) -> None:
-    from tiny import tiny_pipeline
-
-    tiny_pipeline(tmp_path / "pipeline")
-    check_lives(lives("kills_sd", tmp_path), tmp_path)
