@@ -12,8 +12,10 @@ import torch
 from recipe_runs import load_recipe, run_in_process
 from safetensors.torch import load_file
 
+from stepdistill.data.text import Example
 from stepdistill.errors import InputError
 from stepdistill.kd.augmentation import Copies
+from stepdistill.kd.layouts import train_masked_tokenizer
 from stepdistill.kd.tinybert import TinyBERTLayers
 
 VERBS = {"files": ("opens", "reads", "closes"), "sockets": ("binds", "listens", "connects")}
@@ -187,4 +189,31 @@ def test_bad_input_names_the_fix_and_trains_nothing(inputs: Path, tmp_path: Path
     words = [str(word).format(inputs=inputs) for word in more]
     with pytest.raises(InputError, match=named):
         run_in_process(load_recipe("tinybert"), given(inputs, tmp_path / "out", *words))
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+def test_words_that_cannot_be_replaced_are_known_before_anything_trains(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "is_fast", property(lambda _tokenizer: False))
+    with pytest.raises(InputError, match=r"slow one; give --augment\.copies 0"):
+        run_in_process(load_recipe("tinybert"), given(inputs, tmp_path / "out", "--augment.copies", 1))
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+def test_attention_without_scores_is_known_before_a_teacher_is_fine_tuned(inputs: Path, tmp_path: Path) -> None:
+    """MPNet's does not go through Transformers' interface."""
+    from transformers import MPNetConfig, MPNetForMaskedLM
+
+    tokenizer = train_masked_tokenizer([Example("the file opens")], 300, 24)
+    config = MPNetConfig(
+        vocab_size=len(tokenizer), hidden_size=24, num_attention_heads=2, intermediate_size=32, num_hidden_layers=2,
+        max_position_embeddings=40, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    for part in (MPNetForMaskedLM(config), tokenizer):
+        part.save_pretrained(tmp_path / "teacher")
+    with pytest.raises(InputError, match=r"MPNetForMaskedLM .* --method\.attention_weight 0"):
+        run_in_process(load_recipe("tinybert"), given(inputs, tmp_path / "out", "--teacher.path", tmp_path / "teacher"))
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
