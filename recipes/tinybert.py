@@ -76,7 +76,7 @@ def main(parsed: Parsed[Recipe]) -> None:
     if s.tuning:
         trainer.fit(TextLabels(tuned), labelled, "fine-tuning", steps=s.tuning)
     else:
-        trainer.teacher = weights_hash(tuned)
+        trainer.teacher |= weights_hash(tuned, "fine-tuned")
     tuned.frozen()
     if s.general:
         trainer.fit(general, whole, "general", steps=s.general)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -162,12 +163,20 @@ def test_checkpoints_of_one_tokenizer(inputs: Path, finished: Path, tmp_path: Pa
     assert said["results"]["layers"] == [0, 2] and said["results"]["accuracy"].keys() == {"teacher", "student"}
     assert {p.name for p in (tmp_path / "out" / "checkpoints").iterdir()} == {"general", "intermediate", "prediction"}
     assert "fine-tuned" in (tmp_path / "out" / "README.md").read_text()
-    BertForSequenceClassification(BertConfig(**shape, **more, **names)).save_pretrained(tmp_path / "tuned")  # others
-    with pytest.raises(InputError, match="expected the teacher"):
-        run_in_process(
-            load_recipe("tinybert"),
-            given(inputs, tmp_path / "out", *places, "--train.resume_from_checkpoint", "latest"),
-        )
+    others = {
+        "teacher": BertForMaskedLM(BertConfig(**shape, **more)),
+        "tuned": BertForSequenceClassification(BertConfig(**shape, **more, **names)),
+    }
+    again = given(inputs, tmp_path / "out", *places, "--train.resume_from_checkpoint", "latest")
+    for name, other in others.items():
+        (tmp_path / name).rename(tmp_path / "kept")
+        for part in (other, tokenizer):
+            part.save_pretrained(tmp_path / name)
+        with pytest.raises(InputError, match="expected the teacher"):
+            run_in_process(load_recipe("tinybert"), again)
+        shutil.rmtree(tmp_path / name)
+        (tmp_path / "kept").rename(tmp_path / name)
+    run_in_process(load_recipe("tinybert"), again)
 
 
 @pytest.mark.parametrize(
