@@ -45,7 +45,8 @@ class MiniLLMConfig:
         length_normalised: whether returns are means over the tokens after a token instead of sums; biased by design.
         reward_clip: log-ratios of single tokens count up to +- this; none by default.
         whitened: whether returns are shifted and scaled to mean 0 and deviation 1, by those of the step before.
-        lm_weight: of the cross-entropy on the data's own completions; 0 needs none.
+        lm_weight: of the cross-entropy on the data's own completions, summed and divided by max_new_tokens as all sums are; 0
+            needs none.
         chunk_size: tokens whose logits exist at once, where heads are factored (plain linear layers; others give all logits
             of a batch at once): memory against speed, the same result.
     """
