@@ -42,7 +42,7 @@ def main(parsed: Parsed[Recipe]) -> None:
     from stepdistill.export.text_classifier import finish
     from stepdistill.export.transformer import weights_hash
     from stepdistill.kd.attention import Shape
-    from stepdistill.kd.augmentation import Kept, augmented
+    from stepdistill.kd.augmentation import Kept, augmented, check_words
     from stepdistill.kd.encoders import Encoders
     from stepdistill.kd.masked import MaskedToken
     from stepdistill.kd.text_classifier import TextLabels
@@ -64,8 +64,10 @@ def main(parsed: Parsed[Recipe]) -> None:
     student.checkpoint_activations(r.train.gradient_checkpointing)
     shared = projection(student, teacher, seed)
     general = TinyBERTLayers(r.method, student, teacher, shared)  # says what does not fit before anything trains
+    check_words(r.augment, encoders.tokenizer, teacher)
     if s.general or s.intermediate:
         trainer.check(general)
+        general.probe(place[0])
     if steps := r.teacher.steps(r.train.max_train_steps):
         trainer.fit(MaskedToken(teacher), masked, "teacher", steps=steps)
     tuned = encoders.tuned(teacher.frozen())
@@ -74,7 +76,7 @@ def main(parsed: Parsed[Recipe]) -> None:
     if s.tuning:
         trainer.fit(TextLabels(tuned), labelled, "fine-tuning", steps=s.tuning)
     else:
-        trainer.teacher = weights_hash(tuned)
+        trainer.teacher |= weights_hash(tuned, "fine-tuned")
     tuned.frozen()
     if s.general:
         trainer.fit(general, whole, "general", steps=s.general)

@@ -193,6 +193,11 @@ def conversations(examples: Sequence[Example], tokenizer: Any, size: int, prompt
     if lost := len(cut) - len(kept):
         log.warning("%d of %d conversations have no answer within %d tokens and are left out", lost, len(cut), size)
     if not kept:
+        if not prompts and not any(row.completed for row in cut):
+            raise InputError(
+                "expected completions to learn, got prompts alone; give a `completion` column, or take a recipe whose student "
+                "writes them (recipes/minillm.py, or recipes/gkd.py with --method.lmbda 1)"
+            )
         raise InputError(
             f"expected answers within {size} tokens of a conversation, got none in {len(cut)}; raise --data.block_size"
         )

@@ -193,10 +193,10 @@ def compare(
     return difference
 
 
-def weights_hash(network: Network) -> dict[str, str]:
-    """dtype -> a hash of a teacher's weights, by which a resumed run knows it again."""
-    dtype = next(network.module.parameters()).dtype
-    return {str(dtype).removeprefix("torch."): fingerprint(type(network.module).__name__, network.module)}
+def weights_hash(network: Network, role: str = "") -> dict[str, str]:
+    """dtype -> a hash of a teacher's weights, by which a resumed run knows it again; `role` tells several teachers apart."""
+    dtype = str(next(network.module.parameters()).dtype).removeprefix("torch.")
+    return {f"{role} {dtype}".strip(): fingerprint(type(network.module).__name__, network.module)}
 
 
 def student_hash(student: Network) -> str:

@@ -60,6 +60,17 @@ def scores(query: Tensor, key: Tensor, scaling: float | None) -> Tensor:
     return query * (query.shape[-1] ** -0.5 if scaling is None else scaling) @ keys.transpose(2, 3)  # fewer to scale
 
 
+def _whole_scores(query: Tensor, key: Tensor, scaling: float | None, window: int | None) -> Tensor:
+    """:func:`scores`; InputError for a layer that sees `window` - 1 tokens to either side alone, and fewer than there are."""
+    if window is not None and query.shape[2] > window:
+        raise InputError(
+            f"expected attention over whole texts, got a layer that sees {window - 1} tokens to either side and texts of "
+            f"{query.shape[2]}, whose other scores mean nothing; name layers that see all of it (--method.layers), lower "
+            "--data.block_size and --task.length, or give --method.attention_weight 0"
+        )
+    return scores(query, key, scaling)
+
+
 def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **more: Any
 ) -> tuple[Tensor, None]:
@@ -73,7 +84,7 @@ def _attention(
                 "expected attention of queries and keys alone, got a bias by position, which is no part of the scores; give "
                 "--method.attention_weight 0"
             )
-        kept.add(partial(scores, query, key, more.get("scaling")))
+        kept.add(partial(_whole_scores, query, key, more.get("scaling"), more.get("sliding_window")))
     found: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, mask, **more)
     return found
 

@@ -76,6 +76,12 @@ class Kept:
     wait: Callable[[], None] = lambda: None
 
 
+def check_words(config: AugmentConfig, tokenizer: Any, masked: MaskedLM) -> None:
+    """InputError for a tokenizer whose words can't be replaced, where they are to be; to be asked before anything trains."""
+    if config.copies:
+        whole_words(tokenizer, masked.vocabulary)
+
+
 def augmented(
     config: AugmentConfig, part: Labelled, masked: MaskedLM, tokenizer: Any, length: int, seed: int,
     kept: Kept | None = None,
@@ -124,10 +130,6 @@ class Copies(Maker):
         self, config: AugmentConfig, part: Labelled, plain: TextRows, masked: MaskedLM, tokenizer: Any, length: int,
         seed: int,
     ) -> None:  # fmt: skip
-        if not tokenizer.is_fast:
-            raise InputError(
-                "expected a tokenizer that tells words from pieces, got a slow one; give --augment.copies 0"
-            )
         self.config, self.part, self.plain, self.masked = config, part, plain, masked
         self.tokenizer, self.length, self.seed = tokenizer, length, seed
         self.items, self.bad = len(part.pairs), list[str]()
@@ -190,8 +192,11 @@ def whole_words(tokenizer: Any, entries: int) -> Tensor:
     """[entries] bool: which tokens are a word by themselves.
 
     Not those that go on with one (`##ing` of WordPiece; those without the mark of a beginning, where a vocabulary has one), nor
-    special and unused ones, nor entries of a padded table that are no token at all. InputError where none is left.
+    special and unused ones, nor entries of a padded table that are no token at all. InputError where none is left, and for a
+    tokenizer that does not tell words from pieces.
     """
+    if not tokenizer.is_fast:
+        raise InputError("expected a tokenizer that tells words from pieces, got a slow one; give --augment.copies 0")
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     inside, last = model.get("continuing_subword_prefix"), model.get("end_of_word_suffix")
     known = {token: number for token, number in tokenizer.get_vocab().items() if number < entries}

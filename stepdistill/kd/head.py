@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from torch import Tensor, nn, tanh
 
 
+class NotCalled(RuntimeError):
+    """A part that a model names is not what its forward calls: MobileBERT's reads its output layer's weights alone."""
+
+
 @dataclass(frozen=True)
 class Head:
     """An output layer: logits = c tanh(z / c), z = h W^T + b. A scale of the logits belongs on h.
@@ -32,5 +36,5 @@ class Head:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., H] -> [..., V], dense and differentiable."""
-        z = nn.functional.linear(hidden, self.weight, self.bias)
+        z = nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias)  # Mamba's are in float32
         return z if self.softcap is None else self.softcap * tanh(z / self.softcap)

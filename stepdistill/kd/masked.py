@@ -19,7 +19,8 @@ from ..data.masked import MaskedTokens
 from ..method import Losses, Method
 from ..networks.network import Network
 from .chunked import CHUNK, chunked_loss
-from .networks import LanguageModel, NotCalled
+from .head import NotCalled
+from .networks import LanguageModel
 from .reduction import Objective, TokenLoss, dense_loss
 
 

@@ -45,7 +45,8 @@ class MiniLLMConfig:
         length_normalised: whether returns are means over the tokens after a token instead of sums; biased by design.
         reward_clip: log-ratios of single tokens count up to +- this; none by default.
         whitened: whether returns are shifted and scaled to mean 0 and deviation 1, by those of the step before.
-        lm_weight: of the cross-entropy on the data's own completions; 0 needs none.
+        lm_weight: of the cross-entropy on the data's own completions, summed and divided by max_new_tokens as all sums are; 0
+            needs none.
         chunk_size: tokens whose logits exist at once, where heads are factored (plain linear layers; others give all logits
             of a batch at once): memory against speed, the same result.
     """
@@ -96,8 +97,8 @@ class MiniLLM(Method):
         data: what it will train on, with prompts.
         end: the end-of-text token.
 
-    Raises InputError for data without prompts, prompts that leave no room in a model's window, and prompts alone where the
-    data's text is to be learned too.
+    Raises InputError for data without prompts, prompts that leave no room in a model's window, prompts alone where the data's
+    text is to be learned too, and a teacher that can't write along.
     """
 
     def __init__(self, config: MiniLLMConfig, student: CausalLM, teacher: CausalLM, data: TokenRows, end: int) -> None:
@@ -106,6 +107,11 @@ class MiniLLM(Method):
         self.centre, self.scale = 0.0, 1.0  # of the returns, for whitening
         self.seen = self.centre, self.scale
         check_prompts(data, config.max_new_tokens, student, teacher)
+        if config.teacher_share and "past_key_values" not in teacher.takes:
+            raise InputError(
+                f"expected a teacher that keeps keys and values while it writes along, got {type(teacher.module).__name__}; "
+                "give --method.teacher_share 0, which leaves the writing to the student"
+            )
         if config.lm_weight and not data.completed:
             raise InputError(
                 "expected completions to learn with lm_weight, got prompts alone; give --method.lm_weight 0, or a "

@@ -18,15 +18,11 @@ from torch.distributed.tensor import DTensor
 from ..errors import InputError
 from ..networks.lora import Adapters, StudentConfig
 from ..networks.network import Network
-from .head import Head
+from .head import Head, NotCalled
 
 LOGIT_SCALES = ("logit_scale", "lm_head_multiplier")  # factors on the logits, by their names in configs
 LOGIT_DIVISORS = ("logits_scaling",)
 SOFT_CAP = "final_logit_softcapping"
-
-
-class NotCalled(RuntimeError):
-    """The output layer that a model names is not what it computes its logits with: MobileBERT's reads its weights alone."""
 
 
 class TransformersNetwork(Network):
@@ -102,6 +98,7 @@ class LanguageModel(TransformersNetwork, ABC):
 
     Attributes:
         explained: whether logits are :attr:`head` of :meth:`hidden`, found out by one forward.
+        takes: names of the forward's arguments.
     """
 
     explained: bool
@@ -109,7 +106,7 @@ class LanguageModel(TransformersNetwork, ABC):
     def __init__(self, net: nn.Module) -> None:
         super().__init__(net)
         module: Any = net
-        self._takes = frozenset(inspect.signature(net.forward).parameters)
+        self.takes = frozenset(inspect.signature(net.forward).parameters)
         self.body = next((name for name, part in net.named_modules() if name and part is module.base_model), "")
 
     @abstractmethod
@@ -201,7 +198,14 @@ class CausalLM(LanguageModel):
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__(net)
-        self.explained = bool(self.body) and "logits_to_keep" in self._takes and self._head_explains_logits()
+        module: Any = net
+        decoder = module.get_decoder()  # what OPT calls, past its base model
+        bodies = dict.fromkeys([self.body, *(name for name, part in net.named_modules() if part is decoder)])
+        self.explained = "logits_to_keep" in self.takes and any(map(self._explained_by, filter(None, bodies)))
+
+    def _explained_by(self, body: str) -> bool:
+        self.body = body
+        return self._head_explains_logits()
 
     @property
     def window(self) -> int | None:
@@ -217,7 +221,7 @@ class CausalLM(LanguageModel):
 
     def _arguments(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
         given = {"input_ids": input_ids, "attention_mask": attention_mask.long(), "use_cache": False}
-        if "position_ids" in self._takes:
+        if "position_ids" in self.takes:
             given["position_ids"] = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
         return given
 
@@ -231,8 +235,10 @@ class CausalLM(LanguageModel):
         with self.active(), self.taps((self.body,)) as kept:
             # through net, so that DDP knows of it, and with the logits of one place, which cost next to nothing
             self.net(**self._arguments(input_ids, attention_mask), logits_to_keep=1)
-        hidden: Tensor = kept[self.body]
-        return hidden if self._scale == 1.0 else hidden * self._scale
+        if (hidden := kept.get(self.body)) is None:
+            raise NotCalled(f"expected a call of {self.body}, got none")
+        found: Tensor = hidden if self._scale == 1.0 else hidden * self._scale
+        return found
 
     def next_logits(self, input_ids: Tensor, attention_mask: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
         """(logits [B, V] of the token after the last, the cache to go on with), to write in step with another model.
@@ -245,7 +251,7 @@ class CausalLM(LanguageModel):
         given = {**self._arguments(input_ids, attention_mask), "use_cache": True, "past_key_values": cache}
         if "position_ids" in given:
             given["position_ids"] = given["position_ids"][:, -input_ids.shape[1] :]
-        if "logits_to_keep" in self._takes:
+        if "logits_to_keep" in self.takes:
             given["logits_to_keep"] = 1
         with self.active():
             found = self.net(**given)

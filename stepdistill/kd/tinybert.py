@@ -19,6 +19,7 @@ from ..config import CommaList
 from ..errors import InputError
 from ..method import Losses, Method, Phase
 from ..networks.network import Module, Network
+from ..randomness import StepRandom
 from .attention import Shape, inside
 from .divergences import log_probs
 from .layouts import seeded
@@ -183,6 +184,13 @@ class TinyBERTLayers(Method):
             apart = [attention_distance(a, theirs.scores[n - 1], real) for a, n in pairs]  # no others are computed
             terms["attention"] = self.config.attention_weight * torch.stack(apart).sum(0).mean()
         return Losses(terms, {"embeddings": hidden[0].detach().mean()}, count=float(len(ids)))
+
+    def probe(self, length: int) -> None:
+        """Reads made-up tokens [1, length]. InputError for what only a forward tells: attention without scores to compare."""
+        ids = torch.arange(length, device=next(self.student.module.parameters()).device)[None] % 4
+        given = {"input_ids": ids, "attention_mask": torch.ones_like(ids, dtype=torch.bool)}
+        with self.student.evaluating(), self.teacher.evaluating():
+            self.training_step(Batch(None, {}, {}, StepRandom(0, 0, [0]), given))
 
     def watch(self, means: Mapping[str, float]) -> str:
         note, self.note = self.note, ""

@@ -93,9 +93,9 @@ def test_what_does_not_fit_is_left_out_and_said(caplog: pytest.LogCaptureFixture
 def test_prompts_alone() -> None:
     rows = rows_of([Example(prompt="a b"), Example(prompt="c")], words(), 4, prompt=1)
     assert rows.prompted and not rows.completed and rows.longest_prompt == 2
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match="--data.block_size"):
         rows_of([Example(prompt="a b c d")], words(), 4, prompt=1)  # no room to answer
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match="prompts alone; give a `completion` column"):
         rows_of([Example(prompt="a b")], words(), 4)  # nothing to learn
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from cloze import masked_model
 from encoders import batch_of, bert, scores_by_hand, student, teacher, texts
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -155,3 +156,20 @@ def test_attention_that_bypasses_the_interface_is_refused() -> None:
         inside(Network(module), **given())
     assert len(inside(Network(module), **given(), with_scores=False).hidden) == 3
     assert Shape.of(Network(module)) == Shape(2, 3, 12)
+
+
+@torch.no_grad()
+def test_layers_that_see_no_whole_text_are_refused_where_they_are_compared() -> None:
+    """ModernBERT's; up to the window a sliding layer is one of whole attention."""
+    special = dict.fromkeys(("bos_token_id", "cls_token_id"), 2) | dict.fromkeys(("eos_token_id", "sep_token_id"), 3)
+    near, far = (masked_model(0, 2, "modernbert", local_attention=size, **special) for size in (8, 64))
+    whole = {name: value[:, :5] for name, value in given().items()}
+    assert_close(near(**whole).logits, far(**whole).logits, **EXACT)
+    found = inside(Network(near), whole["input_ids"], whole["attention_mask"].bool()).scores
+    assert_close(found[1], inside(Network(far), **whole).scores[1], **EXACT)
+    for size, within in ((6, 4), (10, 4)):
+        more = {name: value[:, :size] for name, value in given().items()}
+        found = inside(Network(near), **more).scores
+        assert found[0].shape[-1] == size, "the first layer sees all of it"
+        with pytest.raises(InputError, match=rf"sees {within} tokens .* texts of {size}.*--method\.layers"):
+            found[1]

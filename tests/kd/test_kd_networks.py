@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from language import END, FULL, VOCABULARY, gpt2, llama, student, teacher, tokens, words
+from language import END, FULL, VOCABULARY, built, gpt2, llama, student, teacher, tokens, words
 from torch import nn
 from torch.testing import assert_close
 from toys import EXACT
@@ -17,8 +17,21 @@ from stepdistill.networks.lora import StudentConfig
 from stepdistill.networks.merge import merged
 from stepdistill.networks.pretrained import load_model, load_tokenizer
 
+
+def opt(seed: int) -> Any:
+    """Calls its decoder, not its base model; with positions that are learned."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    config = OPTConfig(
+        vocab_size=VOCABULARY, hidden_size=16, ffn_dim=24, num_hidden_layers=1, num_attention_heads=2, word_embed_proj_dim=12,
+        max_position_embeddings=32, bos_token_id=END, eos_token_id=END, pad_token_id=END, init_std=0.3, dropout=0.0,
+    )  # fmt: skip
+    return built(seed, lambda: OPTForCausalLM(config))
+
+
 HEADS: dict[str, Any] = {
     "tied": lambda: gpt2(0), "rotary": lambda: llama(0), "soft-capped": lambda: llama(0, "gemma2", final_logit_softcapping=0.5),
+    "past its base model": lambda: opt(0),
     "scaled": lambda: llama(0, "cohere", logit_scale=0.25), "divided": lambda: llama(0, "granite", logits_scaling=3.0),
 }  # fmt: skip
 
@@ -49,7 +62,16 @@ def test_a_head_that_is_more_than_a_product_is_found_out() -> None:
     assert not CausalLM(model).is_factored
 
 
-@pytest.mark.parametrize("kind", ["tied", "rotary"])
+def test_hidden_states_in_float32_meet_a_head_in_half_precision() -> None:
+    """Mamba keeps its residual stream in float32."""
+    model = gpt2(0).to(torch.bfloat16)
+    model.transformer.ln_f.float()
+    model.transformer.ln_f.register_forward_pre_hook(lambda _part, given: (given[0].float(),))
+    model.lm_head.register_forward_pre_hook(lambda _part, given: (given[0].bfloat16(),))
+    assert CausalLM(model).is_factored
+
+
+@pytest.mark.parametrize("kind", ["tied", "rotary", "past its base model"])
 @torch.no_grad()
 def test_padding_on_either_side_changes_nothing(kind: str) -> None:
     lm, ids = CausalLM(HEADS[kind]()), tokens(2, 7)

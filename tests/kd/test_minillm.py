@@ -252,6 +252,17 @@ def test_data_that_it_cannot_train_on(config: Mapping[str, Any], data: TokenRows
     MiniLLM(MiniLLMConfig(max_new_tokens=NEW), student(), teacher(), PROMPTS_ALONE, END)
 
 
+def test_a_teacher_without_keys_and_values_writes_nothing_along() -> None:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    config = MambaConfig(vocab_size=VOCABULARY, hidden_size=8, num_hidden_layers=1, state_size=4)
+    other = CausalLM(built(0, lambda: MambaForCausalLM(config))).frozen()
+    with pytest.raises(InputError, match=r"MambaForCausalLM; give --method\.teacher_share 0"):
+        MiniLLM(MiniLLMConfig(max_new_tokens=NEW), student(), other, uneven(prompt=4), END)
+    alone = MiniLLMConfig(max_new_tokens=NEW, teacher_share=0.0)
+    assert MiniLLM(alone, student(), other, uneven(prompt=4), END).config is alone
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import torch
 from recipe_runs import load_recipe, run_in_process
 from safetensors.torch import load_file
 
+from stepdistill.data.text import Example
 from stepdistill.errors import InputError
 from stepdistill.kd.augmentation import Copies
+from stepdistill.kd.layouts import train_masked_tokenizer
 from stepdistill.kd.tinybert import TinyBERTLayers
 
 VERBS = {"files": ("opens", "reads", "closes"), "sockets": ("binds", "listens", "connects")}
@@ -160,12 +163,20 @@ def test_checkpoints_of_one_tokenizer(inputs: Path, finished: Path, tmp_path: Pa
     assert said["results"]["layers"] == [0, 2] and said["results"]["accuracy"].keys() == {"teacher", "student"}
     assert {p.name for p in (tmp_path / "out" / "checkpoints").iterdir()} == {"general", "intermediate", "prediction"}
     assert "fine-tuned" in (tmp_path / "out" / "README.md").read_text()
-    BertForSequenceClassification(BertConfig(**shape, **more, **names)).save_pretrained(tmp_path / "tuned")  # others
-    with pytest.raises(InputError, match="expected the teacher"):
-        run_in_process(
-            load_recipe("tinybert"),
-            given(inputs, tmp_path / "out", *places, "--train.resume_from_checkpoint", "latest"),
-        )
+    others = {
+        "teacher": BertForMaskedLM(BertConfig(**shape, **more)),
+        "tuned": BertForSequenceClassification(BertConfig(**shape, **more, **names)),
+    }
+    again = given(inputs, tmp_path / "out", *places, "--train.resume_from_checkpoint", "latest")
+    for name, other in others.items():
+        (tmp_path / name).rename(tmp_path / "kept")
+        for part in (other, tokenizer):
+            part.save_pretrained(tmp_path / name)
+        with pytest.raises(InputError, match="expected the teacher"):
+            run_in_process(load_recipe("tinybert"), again)
+        shutil.rmtree(tmp_path / name)
+        (tmp_path / "kept").rename(tmp_path / name)
+    run_in_process(load_recipe("tinybert"), again)
 
 
 @pytest.mark.parametrize(
@@ -187,4 +198,31 @@ def test_bad_input_names_the_fix_and_trains_nothing(inputs: Path, tmp_path: Path
     words = [str(word).format(inputs=inputs) for word in more]
     with pytest.raises(InputError, match=named):
         run_in_process(load_recipe("tinybert"), given(inputs, tmp_path / "out", *words))
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+def test_words_that_cannot_be_replaced_are_known_before_anything_trains(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "is_fast", property(lambda _tokenizer: False))
+    with pytest.raises(InputError, match=r"slow one; give --augment\.copies 0"):
+        run_in_process(load_recipe("tinybert"), given(inputs, tmp_path / "out", "--augment.copies", 1))
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+def test_attention_without_scores_is_known_before_a_teacher_is_fine_tuned(inputs: Path, tmp_path: Path) -> None:
+    """MPNet's does not go through Transformers' interface."""
+    from transformers import MPNetConfig, MPNetForMaskedLM
+
+    tokenizer = train_masked_tokenizer([Example("the file opens")], 300, 24)
+    config = MPNetConfig(
+        vocab_size=len(tokenizer), hidden_size=24, num_attention_heads=2, intermediate_size=32, num_hidden_layers=2,
+        max_position_embeddings=40, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    for part in (MPNetForMaskedLM(config), tokenizer):
+        part.save_pretrained(tmp_path / "teacher")
+    with pytest.raises(InputError, match=r"MPNetForMaskedLM .* --method\.attention_weight 0"):
+        run_in_process(load_recipe("tinybert"), given(inputs, tmp_path / "out", "--teacher.path", tmp_path / "teacher"))
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
