@@ -122,4 +122,4 @@ def test_finished_runs_are_taken_and_told(
         assert rows["student"] == ["300", "23.00 ± 4.24", "-9.00", "[-21.71, +3.71]", "no", *last, "none"]
         assert rows["student before training"][:2] == ["300", "90.00 ± 0.00"]
         assert "1,500 masked words of 9,000 held-out tokens in blocks of 64" in text and "Gap in perplexity" in text
-    assert rows["teacher"][0] == "7,000" and "seeds 0, 1" in text and "teacher 800" in text
+    assert rows["teacher"][0] == "7,000" and "seeds 0, 1" in text and f"teacher {about['steps']['teacher']}" in text
