@@ -103,7 +103,8 @@ class MiniLLM(Method):
 
     def __init__(self, config: MiniLLMConfig, student: CausalLM, teacher: CausalLM, data: TokenRows, end: int) -> None:
         self.config, self.student, self.teacher, self.end = config, student, teacher, end
-        self.gradient, self.note = config.estimator(), smaller_teacher(student, teacher)
+        self.gradient = config.estimator()
+        self.note = "; ".join(filter(None, [smaller_teacher(student, teacher), dropping(student)]))
         self.centre, self.scale = 0.0, 1.0  # of the returns, for whitening
         self.seen = self.centre, self.scale
         check_prompts(data, config.max_new_tokens, student, teacher)
@@ -166,6 +167,22 @@ class MiniLLM(Method):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.centre, self.scale = state["centre"], state["scale"]
+
+
+def dropping(student: CausalLM) -> str:
+    """What to say of a student with dropout: its log-ratios are not those of the network that wrote; "" without any."""
+    config = student.config.to_dict()
+    found = [
+        f"{name} {value:g}"
+        for name, value in sorted(config.items())
+        if "drop" in name and "class" not in name and "summary" not in name and isinstance(value, float) and value > 0.0
+    ]
+    if not found:
+        return ""
+    return (
+        f"the student's dropout ({', '.join(found)}) is off where it writes and on where its text is judged, which makes "
+        "log-ratios noisy; 0 in its config.json is better here"
+    )
 
 
 def scored(student: CausalLM, teacher: CausalLM, tokens: Tokens, chunk_size: int = CHUNK) -> Written:

@@ -252,6 +252,22 @@ def test_data_that_it_cannot_train_on(config: Mapping[str, Any], data: TokenRows
     MiniLLM(MiniLLMConfig(max_new_tokens=NEW), student(), teacher(), PROMPTS_ALONE, END)
 
 
+def test_dropout_of_the_student_is_said() -> None:
+    dry, wet = student(), student(resid_pdrop=0.1, attn_pdrop=0.25)
+    assert method(pupil=dry).watch({"tokens": 0.0}) == ""
+    note = method(pupil=wet).watch({"tokens": 0.0})
+    assert "(attn_pdrop 0.25, resid_pdrop 0.1) is off where it writes" in note
+    small = MiniLLM(
+        MiniLLMConfig(max_new_tokens=NEW), student(width=48, resid_pdrop=0.1), teacher(), uneven(prompt=4), END
+    )
+    assert "wrong way round?; the student's dropout" in small.watch({"tokens": 0.0})
+    losses = []
+    for _ in range(2):
+        batch = batch_of(uneven(prompt=4), range(6))
+        losses.append(method(pupil=wet).training_step(batch).metrics["reverse_kl"])
+    assert losses[0] != losses[1], "it is on where text is judged"
+
+
 def test_a_teacher_without_keys_and_values_writes_nothing_along() -> None:
     from transformers import MambaConfig, MambaForCausalLM
 
