@@ -58,7 +58,8 @@ def main(parsed: Parsed[Recipe]) -> None:
         trainer.fit(NextToken(students["control"]), lm.text, "control")
     trainer.fit(method, taught, "student", on_validate=lm.writer(students["student"]))
     if trainer.is_main:
-        teacher = lm.pair.live_teacher() if r.teacher.cache else teacher  # a cache has nothing to say of other text
+        if r.teacher.cache and r.eval.teacher:
+            teacher = lm.pair.live_teacher()  # a cache has nothing to say of other text
         lm.finish("lm_kd", {"teacher": teacher, **students}, before=before)
 
 

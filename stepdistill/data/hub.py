@@ -107,8 +107,12 @@ class HubImages(EncodedImages):
                 yield f"{path} {stat and (stat.st_size, stat.st_mtime_ns)}"
 
 
-def load_rows(path: str, split: str, config_name: str | None = None) -> Any:
-    """The `datasets.Dataset` of this split, and of this configuration of the data set; InputError where there is none."""
+def load_rows(path: str, split: str, config_name: str | None = None, section: str = "data") -> Any:
+    """The `datasets.Dataset` of this split, and of this configuration of the data set; InputError where there is none.
+
+    Args:
+        section: of the options that an error names.
+    """
     import datasets
 
     place = Path(path).expanduser()
@@ -127,9 +131,9 @@ def load_rows(path: str, split: str, config_name: str | None = None) -> Any:
     except (OSError, ValueError, LookupError, TypeError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
         reason = " ".join(str(cause or error).split())[:300]
-        flags = "--data.path or --data.split"
+        flags = f"--{section}.path or --{section}.split"
         if isinstance(error, ValueError) and config_name is None and "Config name is missing" in reason:
-            flags = "--data.config_name"
+            flags = f"--{section}.config_name"
         raise InputError(
             f"expected split {split!r} of a `datasets` data set at {path!r}, got: {reason}; fix {flags}"
         ) from error

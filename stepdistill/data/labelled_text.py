@@ -39,6 +39,7 @@ class TaskConfig:
         path: "docstrings" (a paragraph of a docstring of the standard library; its package is its class) or a data set of the
             `datasets` library (hub id, folder or file of parquet, arrow, json or csv).
         split: of a data set, to train on.
+        config_name: which configuration of a data set, where it has several: sst2 of nyu-mll/glue.
         test_split: to measure on; without such a split `held_out` of the training texts is.
         text_column: of a data set, one text a row.
         label_column: of a data set; class names or numbers.
@@ -48,6 +49,7 @@ class TaskConfig:
 
     path: str = "docstrings"
     split: str = "train"
+    config_name: str | None = None
     test_split: str = "test"
     text_column: str = "text"
     label_column: str = "label"
@@ -55,8 +57,8 @@ class TaskConfig:
     length: int = 64
 
     def __post_init__(self) -> None:
-        for name in ("path", "split", "test_split", "text_column", "label_column"):
-            if not vars(self)[name]:
+        for name in ("path", "split", "config_name", "test_split", "text_column", "label_column"):
+            if vars(self)[name] == "":
                 raise InputError(f"expected a name, got an empty {name}; fix --task.{name}")
         if not 0.0 < self.held_out < 1.0:
             raise InputError(f"expected a share in (0, 1), got held_out {self.held_out}; fix --task.held_out")
@@ -170,9 +172,9 @@ def _table(config: TaskConfig) -> tuple[Rows, Rows]:
     place = Path(config.path).expanduser()
     if (is_local(config.path) and not place.exists()) or (place.is_file() and suffix(place.name) not in TABLES):
         raise InputError(f"expected labelled texts at {config.path!r}, got nothing of that kind there; {FORM}")
-    train = _read(config, load_rows(config.path, config.split), config.split)
+    train = _read(config, load_rows(config.path, config.split, config.config_name, "task"), config.split)
     try:
-        rows = load_rows(config.path, config.test_split)
+        rows = load_rows(config.path, config.test_split, config.config_name, "task")
     except InputError:  # no such split: the other one was there
         log.warning(
             "no split %r in %r: %.0f%% of split %r are measured on (--task.test_split, --task.held_out)",

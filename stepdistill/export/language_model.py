@@ -51,28 +51,28 @@ def finish(
     """Measures teacher, control and student, exports the student and prints the table; returns the results.
 
     Args:
-        models: "teacher" and "student", and "control" where there is one.
+        models: "student", and "teacher" and "control" where they are measured.
         before: perplexities of an earlier moment, by name.
         own_text: how far control and student are from the teacher on what they write themselves, where that was measured.
         export: in which precision the student is written, and where it is uploaded.
     """
     found = {**(before or {}), **exam.perplexities({name: models[name] for name in ORDER if name in models})}
     results: dict[str, Any] = {"perplexity": found, "tokens": exam.tokens, "stride": exam.stride, "window": pair.window}
-    if "control" in found:
+    if "control" in found and "teacher" in found:
         gap = gap_closed(found["control"], found["student"], found["teacher"])
         results["gap_closed"] = None if math.isnan(gap) else gap
     if own_text:
         results["own_text_reverse_kl"] = dict(own_text)
-    table = _table(found, sizes(models), results)
+    parameters = sizes(models)
+    table = _table(found, parameters, results)
     written = {name: exam.continuations(models[name]) for name in ORDER if name in models}
     sections = {"Results": table}
     if exam.prompts:
         sections["What they write"] = side_by_side(exam.prompts, written)
     teacher, base = pair.teacher_config, (pair.student_config or pair.teacher_config).path
-    details = [
-        f"the teacher has {sizes(models)['teacher']:,} parameters",
-        f"tokenizer: {len(pair.tokenizer):,} tokens",
-    ]
+    details = [f"tokenizer: {len(pair.tokenizer):,} tokens"]
+    if "teacher" in parameters:
+        details.insert(0, f"the teacher has {parameters['teacher']:,} parameters")
     report = Report("text-generation", method, TITLES[method], base, teacher.path, results, details, sections)
     export = export or NetworkExportConfig()
     export_network(folder, models["student"], pair.tokenizer, probe(pair.tokenizer), report, export.dtype)

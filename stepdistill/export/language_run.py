@@ -102,5 +102,6 @@ class LanguageRun:
 
     def finish(self, method: str, models: Mapping[str, CausalLM], **measured: Mapping[str, float]) -> dict[str, Any]:
         """:func:`.language_model.finish` in the run folder; `measured` is its `before` and `own_text`."""
-        folder, export = self.options.output_dir, self.options.export
-        return finish(folder, method, self.pair, self.exam, models, **measured, export=export)
+        folder, export, teacher = self.options.output_dir, self.options.export, self.options.eval.teacher
+        measured_ones = {name: lm for name, lm in models.items() if name != "teacher" or teacher}
+        return finish(folder, method, self.pair, self.exam, measured_ones, **measured, export=export)

@@ -29,12 +29,15 @@ class EvalConfig:
         stride: of the window (of --data.block_size tokens) that perplexity is taken under; half of it by default.
         samples: held-out beginnings that each model continues, where --train.validation_prompts names none.
         new_tokens: the most that it writes after each.
+        teacher: whether the teacher is measured too. One with a cache of its answers is opened for that alone: false leaves one
+            that does not fit in memory closed, and says nothing of the gap to it.
     """
 
     max_tokens: int = 20_000
     stride: int | None = None
     samples: int = 3
     new_tokens: int = 40
+    teacher: bool = True
 
     def __post_init__(self) -> None:
         for name, least in (("max_tokens", 2), ("samples", 0), ("new_tokens", 1)):

@@ -115,6 +115,22 @@ def test_a_data_set_with_its_own_splits(tmp_path: Path) -> None:
         open_task(TaskConfig(str(tmp_path / "sst2"), test_split="validation"))
 
 
+def test_a_configuration_of_a_data_set(tmp_path: Path) -> None:
+    for name in ("mrpc", "sst2"):
+        (tmp_path / name).mkdir()
+        for split in ("train", "test"):
+            rows = [{"text": f"{name} {split} {word}", "label": word} for word in ("good", "bad")]
+            table(tmp_path / name, rows, f"{split}.jsonl")
+    (tmp_path / "README.md").write_text(
+        "---\nconfigs:\n" + "".join(f"- config_name: {n}\n  data_dir: {n}\n" for n in ("mrpc", "sst2")) + "---\n"
+    )
+    task = open_task(TaskConfig(str(tmp_path), config_name="sst2"))
+    assert [text for text, _ in task.train.pairs] == ["sst2 train good", "sst2 train bad"]
+    assert [text for text, _ in task.test.pairs] == ["sst2 test good", "sst2 test bad"]
+    with pytest.raises(InputError, match=r"available configs: \['mrpc', 'sst2'\].*--task\.config_name"):
+        open_task(TaskConfig(str(tmp_path)))
+
+
 def test_rows_without_a_class_or_a_text_are_left_out(tmp_path: Path) -> None:
     import datasets
 

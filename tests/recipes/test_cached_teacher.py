@@ -70,6 +70,18 @@ def test_a_run_without_the_teacher_in_memory_is_the_run_with_it(
     assert results(tmp_path / "few")["perplexity"]["teacher"] == results(tmp_path / "live")["perplexity"]["teacher"]
 
 
+def test_a_teacher_that_is_not_measured_is_never_opened(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Pair, "live_teacher", None)
+    more = ["--teacher.cache", inputs / "cache", "--eval.teacher", "false"]
+    run_in_process(load_recipe("lm_kd"), arguments(inputs, tmp_path / "out", *more))
+    found = results(tmp_path / "out")
+    assert found["perplexity"].keys() == {"before", "control", "student"} and "gap_closed" not in found
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| student, distilled |" in card and "| teacher |" not in card and "the teacher has" not in card
+
+
 @pytest.mark.parametrize(
     ("more", "named"),
     [
