@@ -1,10 +1,11 @@
-"""What the ends of distillations write: a student that is what was opened again, and tables of what was measured."""
+"""What distillations open and close with: text that is kept from training, a student that is opened again, tables."""
 
 from __future__ import annotations
 
 import copy
 import json
 from pathlib import Path
+from string import ascii_lowercase
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,12 +15,18 @@ import torch
 from cloze import pupil, sage
 from language import FULL, gpt2, words
 from safetensors.torch import load_file, save_file
+from toys import options
 
+from stepdistill.data.text import TextConfig, open_texts
 from stepdistill.errors import ExportError
 from stepdistill.export import masked_lm, text_classifier
-from stepdistill.export.transformer import Report, compare, elsewhere, export_network
+from stepdistill.export.config import NetworkExportConfig
+from stepdistill.export.language_run import LanguageRun
+from stepdistill.export.transformer import Report, compare, elsewhere, export_network, weights_hash
+from stepdistill.kd.evaluation import EvalConfig
 from stepdistill.kd.masked_evaluation import Score
 from stepdistill.kd.networks import CausalLM
+from stepdistill.kd.pair import LMStudentConfig, LMTeacherConfig
 
 PROBE = {"input_ids": torch.arange(5)[None]}
 
@@ -60,6 +67,34 @@ def test_no_place_of_this_machine_is_told_elsewhere(tmp_path: Path) -> None:
     assert elsewhere(here) == {"base_model": "PATH/TO/a", "teacher": "PATH/TO/b", "title": "x"}
     hub = {"base_model": "lab/a", "teacher": None}
     assert elsewhere(hub) == hub
+
+
+def test_a_language_run_is_measured_on_text_that_it_does_not_train_on(tmp_path: Path) -> None:
+    """Of documents with a word each: which of them training and measurements see."""
+    (tmp_path / "text.txt").write_text("\n\n".join(" ".join([letter] * 7) for letter in ascii_lowercase))
+    gpt2(1, vocabulary=30, bos_token_id=29, eos_token_id=29).save_pretrained(tmp_path / "lm")
+    words().save_pretrained(tmp_path / "lm")
+    path, data = (
+        str(tmp_path / "lm"),
+        TextConfig(str(tmp_path / "text.txt"), block_size=8, held_out=0.3, prompt_tokens=2),
+    )
+    given: Any = SimpleNamespace(
+        data=data, train=options(), eval=EvalConfig(), export=NetworkExportConfig(), vocabulary=300
+    )
+    given.teacher, given.student, given.output_dir = LMTeacherConfig(path), LMStudentConfig(path), str(tmp_path / "out")
+    trainer: Any = SimpleNamespace(device=torch.device("cpu"), weight_dtype=torch.float32, teacher=None)
+    run = LanguageRun(given, trainer)
+    kept = {ord(example.text[0]) - ord("a") for example in open_texts(data).held_out}
+    others = {*range(26)} - kept
+    assert 3 < len(kept) < 10
+    train, held_out = run.prompted()
+    for rows, wanted in ((run.exam.rows, kept), (held_out, kept), (run.text, others), (train, others)):
+        assert {token for row in rows.rows for token in row.ids} - {run.end} == wanted
+    assert {row.prompt for row in (*train.rows, *held_out.rows)} == {2} and {row.prompt for row in run.text.rows} == {0}
+    run.teacher(3)
+    assert trainer.teacher is None, "what is to be trained has no weights to be known by"
+    teacher = run.teacher()
+    assert trainer.teacher == weights_hash(teacher)
 
 
 def pair(**more: Any) -> Any:
