@@ -11,13 +11,16 @@ import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
-from vision import SEES, SIDE, save
+from toys import recorded
+from vision import MEAN, SEES, SIDE, STD, save
 
 from stepdistill import cli
-from stepdistill.bench.classifiers import accuracies, inputs, own_side, predictions
+from stepdistill.bench.classifiers import ClassifierExam, accuracies, inputs, own_side, predictions
 from stepdistill.bench.intervals import share
+from stepdistill.bench.model_options import ModelOptions
 from stepdistill.bench.rows import Value
 from stepdistill.data.labelled import LabelledConfig, LabelledImages, open_labelled
+from stepdistill.errors import InputError
 from stepdistill.kd.classifiers import accuracy
 from stepdistill.kd.networks import Classifier
 
@@ -94,6 +97,8 @@ def test_a_comparison_from_the_command_line(place: Path, tmp_path: Path, often: 
     assert other["times_faster"]["value"] == pytest.approx(np.median(ratios))
     assert found["rows"][0]["parameters"] == sum(p.numel() for p in vit().parameters())
     table = (tmp_path / "results.md").read_text()
+    smaller = found["rows"][2]["parameters"] / found["rows"][0]["parameters"]
+    assert smaller < 1 and f"beside the teacher's, {smaller:.3g} x its parameters, " in table
     assert "- copy: accuracy +0.0% [+0.0%, +0.0%] beside the teacher's, 1 x its parameters, " in table
     assert "images / s, batch 3" in table and "images / s, batch 1" not in table
     assert f"on {COUNT} images; Wilson's interval" in (tmp_path / "report.html").read_text().replace("&#39;", "'")
@@ -135,6 +140,25 @@ def test_predictions_are_those_that_recipes_count() -> None:
     half = Classifier(vit().to(torch.bfloat16)).frozen()
     assert inputs(half, data, [1, 0]).dtype == torch.bfloat16
     assert_close(inputs(network, data, [1, 0]), data.pixels([1, 0]))
+    broken = vit()
+    with torch.no_grad():
+        broken.classifier.bias[3] = torch.nan
+    with pytest.raises(InputError, match="expected finite logits"):
+        predictions(Classifier(broken).frozen(), data)
+
+
+def test_models_see_pixels_as_their_processors_scale_them_and_batches_go_round(place: Path) -> None:
+    data = {"test_images": 4}
+    options = ModelOptions(
+        "image classifier", str(place / "teacher"), (), data, {}, "fp32", (6,), 1, 0, True, "", False
+    )
+    exam = ClassifierExam(options, {"teacher": str(place / "teacher")}, torch.device("cpu"))
+    network = exam.networks["teacher"]
+    assert (network.mean, network.std) == (MEAN, STD) and exam.data.resolution == SIDE
+    first: Any = network.module
+    with recorded(first.vit.embeddings.patch_embeddings.projection) as calls:
+        exam._call(network, 6)
+    assert [given[0].shape[0] for given, _ in calls] == [6], "of four images"
 
 
 def test_accuracies_are_paired() -> None:
@@ -154,3 +178,6 @@ def test_accuracies_are_paired() -> None:
 def test_the_side_that_a_processor_makes(tmp_path: Path) -> None:
     assert own_side(str(save(vit(), tmp_path / "a"))) == SIDE
     assert own_side(str(save(vit(), tmp_path / "b", size={"height": 32, "width": 48}))) is None
+    crop = {"do_center_crop": True, "crop_size": {"height": 24, "width": 24}}
+    settings = {**crop, "size": {"shortest_edge": 32}, "image_processor_type": "CLIPImageProcessor"}
+    assert own_side(str(save(vit(), tmp_path / "c", **settings))) == 24

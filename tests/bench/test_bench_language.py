@@ -23,7 +23,7 @@ from stepdistill.bench.language import perplexities, token_losses, units
 from stepdistill.bench.model_options import ModelOptions
 from stepdistill.bench.rows import Results, Value
 from stepdistill.data.text import Example
-from stepdistill.data.tokens import conversations, windows
+from stepdistill.data.tokens import TokenRows, conversations, windows
 from stepdistill.errors import InputError
 from stepdistill.kd.evaluation import perplexity
 from stepdistill.kd.networks import CausalLM
@@ -256,6 +256,16 @@ def test_losses_of_tokens_are_written_out(build: Any, monkeypatch: pytest.Monkey
         found = token_losses(lm, rows)
         assert found.dtype == torch.float64
         assert_close(found, torch.stack(wanted), atol=1e-5, rtol=1e-5)
+
+
+def test_losses_of_a_model_in_half_precision_are_taken_in_full() -> None:
+    """Of its logits as they are: log-sum-exp and difference are not rounded to 8 bits once more."""
+    lm, row = CausalLM(gpt2(3).bfloat16()).frozen(), uneven(1).rows[0]
+    lm.explained = False
+    ids = torch.tensor([row.ids])
+    logs = lm(ids, torch.ones_like(ids))[0].double().log_softmax(1)
+    wanted = torch.stack([-logs[i - 1, row.ids[i]] for i in range(1, len(row.ids))])
+    assert_close(token_losses(lm, TokenRows([row], 39)), wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_units_are_documents(monkeypatch: pytest.MonkeyPatch) -> None:

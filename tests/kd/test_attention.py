@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from stepdistill.errors import InputError
-from stepdistill.kd.attention import Shape, attention_scores, inside, scores
+from stepdistill.kd.attention import Shape, _attention, attention_scores, inside, scores
 from stepdistill.networks.network import Network
 
 EXACT = {"rtol": 0.0, "atol": 0.0}
@@ -142,6 +142,14 @@ def test_what_autocast_rounds_in_the_scores_is_less_than_what_it_rounds_before_t
         assert a.dtype == torch.bfloat16
         rounding = (b.bfloat16() - b).masked_fill(~pairs, 0.0).norm()
         assert rounding < (a - b).masked_fill(~pairs, 0.0).norm() < 0.05 * b.masked_fill(~pairs, 0.0).norm()
+
+
+def test_a_bias_by_position_is_refused_where_scores_are_taken_alone() -> None:
+    q = torch.randn(1, 2, 3, 4)
+    bias = torch.zeros(1, 2, 3, 3)
+    module = bert(0)
+    with attention_scores(module), pytest.raises(InputError, match=r"bias by position.*attention_weight 0"):
+        _attention(module.bert.encoder.layer[0].attention.self, q, q, q, None, position_bias=bias)
 
 
 def test_attention_that_bypasses_the_interface_is_refused() -> None:

@@ -214,6 +214,9 @@ def test_validation_is_the_mean_over_held_out_targets_now_and_then(monkeypatch: 
     first = mean_nll(one.student, TokenRows(HELD_OUT.rows[:4], END))
     assert seen == [pytest.approx(first, rel=1e-6)] * 3, "before the first step, and after the third and sixth"
     assert one.student.module.training
+    with torch.autocast("cpu", torch.bfloat16):
+        one.validate()
+    assert seen[-1] == seen[0], "in one precision, in a step as after it"
     assert mean_nll(one.student, HELD_OUT) == pytest.approx(
         torch.tensor(perplexity(one.student, HELD_OUT)).log().item()
     )
@@ -239,6 +242,11 @@ def test_its_state_is_the_threshold_the_loss_the_steps_and_the_buffer() -> None:
     other.load_state_dict(one.state_dict())
     assert_close(other.replay.rows, one.replay.rows, **EXACT)
     assert (other.done, other.scheduler) == (1, one.scheduler) and other.scheduler.last is not None
+
+
+def test_a_teacher_that_is_smaller_is_named_once() -> None:
+    one = method(pupil=student(width=32))
+    assert "wrong way round" in one.watch({}) and one.watch({}) == "" and method().watch({}) == ""
 
 
 # -- what is refused -------------------------------------------------------------------------------------------------------
@@ -280,6 +288,15 @@ def fit(folder: Path, one: DistiLLM, **changes: Any) -> DistiLLM:
     train = {"max_train_steps": STEPS, "adam_epsilon": 1e-3, "learning_rate": 3e-3, "seed": 5, **changes}
     Trainer(options(**train), folder).fit(one, uneven(prompt=4))
     return one
+
+
+def test_a_student_that_writes_is_not_shared_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match="whole weights to write text with, got shards of them"):
+        fit(tmp_path / "run", method(), parallel="fsdp")
+    assert not (tmp_path / "run").exists(), "before anything trains"
+    monkeypatch.setattr(CausalLM, "is_shared_out", property(lambda self: True))
+    with pytest.raises(InputError, match="got shards of them; use --train.parallel ddp"):
+        method().validate()
 
 
 def kinds(folder: Path) -> list[str]:

@@ -50,6 +50,11 @@ def test_a_demo_has_heads_of_the_teachers_number_and_the_same_weights_each_time(
     one, again = encoders.student(4), encoders.student(4)
     assert Shape.of(one) == Shape(1, 4, 16) and Shape.of(encoders.teacher()) == Shape(2, 1, 32)
     assert_close(dict(one.module.state_dict()), dict(again.module.state_dict()), **EXACT)
+    twin = made({"layers": 2, "width": 32})
+    weights, theirs = (network.module.state_dict() for network in (twin.student(1), twin.teacher()))
+    assert weights.keys() == theirs.keys(), "of the teacher's shape, and yet not the teacher"
+    name = next(name for name in weights if name.endswith("word_embeddings.weight"))
+    assert weights[name].shape == theirs[name].shape and not torch.equal(weights[name], theirs[name])
     assert Shape.of(made({"heads": 2}).student(4)).heads == 2
     with pytest.raises(InputError, match="--student.heads"):
         encoders.student(3)
@@ -110,6 +115,8 @@ def test_checkpoints_that_do_not_fit(encoders: Encoders, saved: Path, tmp_path: 
     tuned = str(saved / "tuned")
     with pytest.raises(InputError, match="--stages.fine_tuned"):
         Encoders(LMTeacherConfig(**teacher), EncoderStudentConfig(), tuned, TEXT, 300, 24, ("one", "two"), 0, CPU)
+    with pytest.raises(InputError, match=r"--stages.fine_tuned"):  # answers would be of the other class
+        Encoders(LMTeacherConfig(**teacher), EncoderStudentConfig(), tuned, TEXT, 300, 24, CLASSES[::-1], 0, CPU)
     bert(0, layers=1, vocab_size=300, classes=CLASSES).save_pretrained(tmp_path)
     encoders.tokenizer.save_pretrained(tmp_path)
     with pytest.raises(InputError, match="shape"):

@@ -139,9 +139,13 @@ class Whole(CausalLM):
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 256])
-@pytest.mark.parametrize("kind", [CausalLM, Whole])
-def test_opinions_are_those_of_whole_logits(chunk: int, kind: type[CausalLM]) -> None:
-    pupil, other = kind(gpt2(1)).student(FULL), teacher()
+@pytest.mark.parametrize(("kind", "plain"), [(CausalLM, True), (Whole, True), (CausalLM, False)])
+def test_opinions_are_those_of_whole_logits(chunk: int, kind: type[CausalLM], plain: bool) -> None:
+    wise = gpt2(0, width=24)
+    if not plain:  # a head that its weights do not explain
+        wise.lm_head.register_forward_hook(lambda _layer, _given, logits: logits * 0.5)
+    pupil, other = kind(gpt2(1)).student(FULL), CausalLM(wise).frozen()
+    assert (pupil.is_factored, other.is_factored) == (kind is CausalLM, plain)
     ids, mask, rng = given(range(6))
     tokens = mixed(pupil, other, 0.4, ids, mask, rng)
     found = scored(pupil, other, tokens, chunk)
@@ -224,6 +228,7 @@ def test_whitening_is_by_the_moments_of_the_step_before() -> None:
     assert not torch.allclose(found, estimator.surrogate(seen_then).sum() / (4 * NEW))
     one.watch({**means, "squares": float("nan")})  # of a step that is skipped
     one.after_step()
+    assert one.scale == pytest.approx(float(returns.std(correction=0)), abs=1e-4)
     other = method()
     other.load_state_dict(one.state_dict())
     assert (other.centre, other.scale) == (one.centre, one.scale)
@@ -232,6 +237,24 @@ def test_whitening_is_by_the_moments_of_the_step_before() -> None:
     plain.after_step()
     assert (plain.centre, plain.scale) == (0.0, 1.0)
 
+
+def test_moments_without_a_spread_and_without_tokens() -> None:
+    one = method(whitened=True)
+    for below in (0.0, 1e-7):  # all returns are 0.5; what sums round may take more away than there is
+        one.watch({"returns": 0.25, "squares": 0.125 - below, "tokens": 0.5})
+        one.after_step()
+        assert (one.centre, one.scale) == (0.5, pytest.approx(1e-4))
+    one.watch({"returns": 0.0, "squares": 0.0, "tokens": 0.0})
+    one.after_step()
+    assert one.centre == 0.5
+
+
+def test_a_teacher_that_is_smaller_is_named_once() -> None:
+    one = method(pupil=student(width=32))
+    assert "wrong way round" in one.watch(SEEN) and one.watch(SEEN) == "" and method().watch(SEEN) == ""
+
+
+SEEN = {"returns": 0.0, "squares": 0.0, "tokens": 0.0}
 
 # -- what is refused -------------------------------------------------------------------------------------------------------
 
@@ -320,6 +343,12 @@ def test_one_batch_of_eight_is_two_of_four(tmp_path: Path) -> None:
     fit(tmp_path / "two", method(**ALL), train_batch_size=4, gradient_accumulation_steps=2)
     assert_close(saved(tmp_path / "two")[0], saved(tmp_path / "one")[0], rtol=1e-4, atol=1e-5)
     assert_close(rows(tmp_path / "two"), rows(tmp_path / "one"), rtol=1e-3, atol=1e-4)
+
+
+def test_a_student_that_writes_is_not_shared_out(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="whole weights to write text with, got shards of them"):
+        fit(tmp_path / "run", method(), parallel="fsdp")
+    assert not (tmp_path / "run").exists(), "before anything trains"
 
 
 @pytest.mark.slow

@@ -215,6 +215,8 @@ def test_without_gradients_only_values() -> None:
 def test_what_a_cache_does_not_know(way: Any) -> None:
     with pytest.raises(InputError, match=r"temperature 1, .*got 2.*3 likeliest.*--temperature"):
         way(Case.make(), Objective(Divergence(temperature=2.0)))
+    with pytest.raises(InputError, match=r"temperature 2, .*got 1:"):
+        way(Case.make(temperature=2.0), Objective())
     with pytest.raises(InputError, match=r"with the 11 entries.*got 9.*--vocabulary 9"):
         way(Case.make(entries=9), Objective())
 

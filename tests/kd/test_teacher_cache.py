@@ -29,7 +29,7 @@ from stepdistill.kd.pair import CAUSAL, LMStudentConfig, LMTeacherConfig, Pair
 from stepdistill.kd.reduction import Objective
 from stepdistill.kd.signal import LiveTeacher, signal_of
 from stepdistill.kd.targets import Asked, Buckets
-from stepdistill.kd.teacher_cache import CachedRows, Key, pack, unpack
+from stepdistill.kd.teacher_cache import CachedRows, Key, pack, shard_rows, unpack
 from stepdistill.networks.pretrained import checkpoint_hash
 from stepdistill.training.trainer import Trainer
 
@@ -92,11 +92,18 @@ def test_answers_stand_where_their_targets_are_predicted(tmp_path: Path) -> None
     assert all(torch.equal(batch.extra[name], value) for name, value in plain.items()) and len(data) == len(DATA)
 
 
-def test_prompts_are_not_stored(tmp_path: Path) -> None:
-    data = cached(tmp_path, FEW)
+def test_prompts_are_not_stored_and_no_row_twice(tmp_path: Path) -> None:
+    data = cached(tmp_path, replace(FEW, batch_size=4))
+    assert data.shard > 4 and data.shard % 4, "a batch ends where a shard does"
     answers = sum(len(tensors["ids"]) for tensors in contents(tmp_path).values())
     assert answers == sum(sum(row.learned[1:]) for row in DATA.rows) == key().data["tokens"]
     assert len(contents(tmp_path)) == -(-len(DATA) // data.shard) > 2
+
+
+def test_a_shard_is_a_row_at_least() -> None:
+    tokens = key().data["tokens"]
+    assert [shard_rows(DATA, n) for n in (1, tokens)] == [1, len(DATA)]
+    assert shard_rows(TokenRows([Row((1, 2), (False, False))], END), 40) > 0, "of nothing to ask about too"
 
 
 def test_a_model_with_another_head_is_asked_for_whole_logits(tmp_path: Path) -> None:
@@ -295,6 +302,13 @@ def test_another_teacher_or_data(tmp_path: Path, now: Any, told: str) -> None:
         CachedRows(tmp_path, DATA, now())
     with pytest.raises(InputError, match=rf"{told}.*--output_dir"):
         cache_answers(tmp_path, teacher(), DATA, now(), FEW, progress=False)
+
+
+def test_the_same_words_in_another_order_are_another_tokenizer() -> None:
+    one, other = words(), words()
+    known = one.get_vocab()
+    other.get_vocab = lambda: {**known, "a": known["b"], "b": known["a"]}
+    assert key(tokenizer=one) == key() and key(tokenizer=other).differences(vars(key())) != []
 
 
 def test_masks_and_order_are_of_the_data() -> None:

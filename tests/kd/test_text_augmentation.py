@@ -139,6 +139,9 @@ def test_pieces_special_unused_and_padded_entries_are_not_proposed() -> None:
     changed = [now for i, row in enumerate(found.rows[6:]) for now, before in zip(row.ids, plain[i // 3].ids, strict=True)
                if now != before]  # fmt: skip
     assert len(changed) > 20 and set(changed) == words
+    assert len({row.ids for row in found.rows[6:9]}) == 3, "copies of one text"
+    of_one_text = [tuple(row.ids for row in found.rows[6 + 3 * i : 9 + 3 * i]) for i in (0, 2, 4)]
+    assert len(set(of_one_text)) == 3, "each text has draws of its own"
     whole = whole_words(tokenizer, 17)
     assert whole.nonzero()[:, 0].tolist() == sorted(words)
     assert whole_words(tokenizer, 11).nonzero()[:, 0].tolist() == [9, 10], "of a table with fewer entries"

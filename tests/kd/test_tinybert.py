@@ -236,6 +236,8 @@ def test_the_projection_starts_as_the_identity_or_from_its_seed() -> None:
     assert_close(dict(one.state_dict()), dict(again.state_dict()), **EXACT)
     assert not torch.equal(one.layers.weight, other.layers.weight)
     assert not torch.equal(one.layers.weight, one.embeddings.weight)
+    columns = torch.cat([part.weight.detach().square().sum(1) for part in (one.layers, one.embeddings)])
+    assert float(columns.mean()) == pytest.approx(1.0, abs=0.2), "of unit length on average"
 
 
 def test_recomputed_activations_are_refused_with_scores() -> None:
@@ -245,6 +247,11 @@ def test_recomputed_activations_are_refused_with_scores() -> None:
         layers(pupil, teacher())
     method = layers(pupil, teacher(), attention_weight=0.0)
     method.training_step(batch_of(texts(), range(3))).total.backward()
+
+
+def test_a_teacher_that_is_smaller_is_named_once() -> None:
+    large, small = layers(student(), teacher()), layers(student(layers=1), teacher(layers=1, width=6))
+    assert large.watch({}) == "" and "wrong way round" in small.watch({}) and small.watch({}) == ""
 
 
 @pytest.mark.parametrize(
