@@ -83,6 +83,24 @@ def test_a_classifier_has_the_layers_of_its_encoder_and_a_life_of_its_own(encode
     )
     again = encoders.classifier(teacher)
     assert_close(again.module.state_dict()["classifier.weight"], own.state_dict()["classifier.weight"], **EXACT)
+    encoders.pair.seed = 1
+    try:
+        other = encoders.classifier(teacher).module.state_dict()["classifier.weight"]
+    finally:
+        encoders.pair.seed = 0
+    assert not torch.equal(other, own.state_dict()["classifier.weight"]), "a head of the run's own seed"
+
+
+@pytest.mark.parametrize("more", [-1, 1])
+def test_a_classifier_of_other_layers_than_its_encoder_is_refused(encoders: Encoders, more: int) -> None:
+    """Layers that it would leave out, and layers that would stay as they were drawn."""
+    teacher = encoders.teacher()
+    teacher.config.num_hidden_layers += more
+    try:
+        with pytest.raises(InputError, match=r"one with others, first .*layers?\.\d.*BERT layout"):
+            encoders.classifier(teacher)
+    finally:
+        teacher.config.num_hidden_layers -= more
 
 
 def test_general_text_whole_and_with_words_masked(encoders: Encoders) -> None:

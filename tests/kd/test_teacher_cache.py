@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Any, get_args
 
 import pytest
@@ -265,6 +266,26 @@ def test_killed_between_shards_it_goes_on(tmp_path: Path, stop: Any, monkeypatch
     assert_close(contents(tmp_path / "a"), contents(tmp_path / "b"), **EXACT)
 
 
+def test_a_last_shard_of_fewer_rows_is_missed_too(tmp_path: Path) -> None:
+    data = cached(tmp_path, replace(FEW, shard_tokens=30))
+    assert len(DATA) % data.shard
+    last = max(tmp_path.glob("answers-*.safetensors"))
+    for file in tmp_path.glob(f"{last.stem}*"):
+        file.unlink()
+    with pytest.raises(InputError, match=f"without {last.stem}: the cache was not finished"):
+        CachedRows(tmp_path, DATA, key())
+
+
+@pytest.mark.parametrize(("dtype", "name"), [("fp32", "float32"), ("bf16", "bfloat16")])
+def test_a_checkpoint_is_asked_in_the_precision_that_was_given(tmp_path: Path, dtype: str, name: str) -> None:
+    gpt2(0, vocabulary=30, bos_token_id=29, eos_token_id=29).save_pretrained(tmp_path / "lm")
+    words().save_pretrained(tmp_path / "lm")
+    (tmp_path / "text.txt").write_text("\n\n".join(" ".join([letter] * 7) for letter in ascii_lowercase))
+    text = TextConfig(str(tmp_path / "text.txt"), block_size=8, held_out=0.3)
+    cache_logits(LMTeacherConfig(str(tmp_path / "lm")), text, TeacherCacheConfig(k=4), str(tmp_path / "out"), dtype)
+    assert json.loads((tmp_path / "out" / "about.json").read_text())["dtype"] == name
+
+
 def test_a_damaged_shard_is_named_and_made_again(tmp_path: Path) -> None:
     cached(tmp_path, FEW)
     kept, shard = contents(tmp_path), tmp_path / "answers-00001.safetensors"
@@ -333,9 +354,16 @@ def test_a_folder_with_other_answers(tmp_path: Path, change: Mapping[str, Any], 
         cached(tmp_path, replace(FEW, **change))
 
 
+def hidden(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / ".DS_Store").write_text("")
+    return folder
+
+
 def test_folders_that_are_no_cache(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"nothing of that kind; fix --teacher\.cache.*stepdistill cache-logits"):
         CachedRows(tmp_path / "nowhere", DATA, key())
+    cached(hidden(tmp_path / "new"))  # what a system leaves in a folder is nobody's
     (tmp_path / "thesis.txt").write_text("")
     with pytest.raises(InputError, match="with other files"):
         cached(tmp_path)
