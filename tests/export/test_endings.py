@@ -22,7 +22,15 @@ from stepdistill.errors import ExportError
 from stepdistill.export import masked_lm, text_classifier
 from stepdistill.export.config import NetworkExportConfig
 from stepdistill.export.language_run import LanguageRun
-from stepdistill.export.transformer import Report, compare, elsewhere, export_network, weights_hash
+from stepdistill.export.transformer import (
+    Report,
+    check_rounding,
+    compare,
+    elsewhere,
+    export_network,
+    round_weights,
+    weights_hash,
+)
 from stepdistill.kd.evaluation import EvalConfig
 from stepdistill.kd.masked_evaluation import Score
 from stepdistill.kd.networks import CausalLM
@@ -51,6 +59,18 @@ def test_what_opens_as_something_else_is_no_export(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ExportError, match=r"1 weights missing or left over, first transformer\.ln_f\.bias"):
         compare(tmp_path, model, PROBE, "text-generation")
+
+
+def test_rounding_that_changes_what_is_computed_is_no_export_and_counters_are_not_rounded() -> None:
+    model = gpt2(0)
+    model.register_buffer("count", torch.tensor(1001))
+    rounded = round_weights(model, torch.bfloat16)
+    assert int(rounded.count) == 1001 and int(torch.tensor(1001).bfloat16()) == 1000
+    assert 0.0 < check_rounding(model, rounded, PROBE, torch.bfloat16) < 0.05
+    with torch.no_grad():
+        rounded.transformer.ln_f.weight.mul_(1.2)  # as far off as few bits would be, and finite
+    with pytest.raises(ExportError, match=r"more than 0\.088; export in another precision"):
+        check_rounding(model, rounded, PROBE, torch.bfloat16)
 
 
 def test_files_are_for_all_and_the_tokenizer_cuts_nothing(tmp_path: Path) -> None:
@@ -117,6 +137,12 @@ def test_results_of_a_masked_model(tmp_path: Path, teacher: float, gap: float | 
     sizes = {name: sum(p.numel() for p in lm.module.parameters()) for name, lm in models.items()}
     assert f"| student without teacher, equal tokens | {sizes['control']:,} | 3.00 | 50.0% |" in table
     assert f"| student before training | {sizes['student']:,} | 54.60 | 10.0% |" in table and told in table
+
+
+def test_guesses_stand_under_their_prompts(tmp_path: Path) -> None:
+    exam: Any = SimpleNamespace(prompts=("a [MASK]", "b [MASK]"), guesses=lambda lm: ["a one", "b two"])
+    masked_lm.writer(exam, pupil(), tmp_path)(12)
+    assert (tmp_path / "samples" / "000012.txt").read_text() == "> a [MASK]\na one\n\n> b [MASK]\nb two\n\n"
 
 
 @pytest.mark.parametrize(("right", "gap", "told"), [(16, 0.5, "closed: 50.0%"), (4, None, "is none")])
