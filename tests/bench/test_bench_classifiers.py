@@ -172,6 +172,11 @@ def test_accuracies_are_paired() -> None:
     assert found["a"]["accuracy_difference"].value == -0.5 and found["a"]["agreement"] == share(0, 8)
     low, high = found["a"]["accuracy_difference"].interval or (0, 0)
     assert -1 <= low < -0.5 < high <= 0
+    draws = np.random.default_rng(0)
+    truth = draws.integers(0, 2, 200)
+    many = {name: draws.integers(0, 2, 200) for name in ("teacher", "a")}
+    intervals = [accuracies(many, truth, seed)["a"]["accuracy_difference"].interval for seed in (0, 0, 1, 2, 3)]
+    assert intervals[0] == intervals[1] and len(set(intervals)) > 1, "draws are of the seed"
     assert accuracies({"teacher": labels}, labels, seed=0) == {"teacher": {"accuracy": share(8, 8)}}
 
 

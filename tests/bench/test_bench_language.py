@@ -108,6 +108,7 @@ def test_a_comparison_from_the_command_line(place: Path, tmp_path: Path, capsys:
     assert "window of 16 tokens that moves by 8; bootstrap over 60 documents" in table and table in printed
     assert "- copy: 1.000 [1.000, 1.000] x the teacher's perplexity, 1 x its parameters, " in table
     lines = list(csv.DictReader((out / "results.csv").read_text().splitlines()))
+    assert [float(lines[0][f"perplexity_{end}"]) for end in ("low", "high")] == [low, high]
     assert lines[1]["perplexity_ratio_high"] == "1.0" and lines[0]["perplexity_ratio"] == ""
     page = (out / "report.html").read_text()
     assert "30.00 [30.00, 30.00]" in page and "--page: #ffffff" in page and "http" not in page.replace("http-equiv", "")
@@ -211,6 +212,13 @@ def test_generation_fills_the_window_by_default_and_never_ends_early(place: Path
     found._write(lm, torch.tensor([[1, 2, 3]]))
     found.new = 3
     found._write(lm, torch.tensor([[1, 2, 3]]))
+
+
+def test_a_prompt_is_no_longer_than_the_text_it_is_of(place: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"a {letter}", "completion": "b"} for letter in LETTERS]
+    (tmp_path / "pairs.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    found = exam(place, data={"path": str(tmp_path / "pairs.jsonl"), "held_out": 1.0, "prompt_tokens": 12})
+    assert found.prompt_tokens == len(found._longest) == 4 and found.new == 28
 
 
 def test_numbers_that_are_none(place: Path) -> None:
