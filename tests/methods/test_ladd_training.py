@@ -45,14 +45,15 @@ def test_what_the_bound_tells_apart() -> None:
 @pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=pytest.mark.slow) for s in (1, 2, 3, 4))])
 def test_a_one_step_generator_reaches_both_modes_with_their_weights(tmp_path: Path, seed: int) -> None:
     """Heads on what the perfect teacher says of x0 and eps, and no loss but theirs."""
-    given = config(head_width=16, noise_mean=-2.0, r1_every=4, guard_every=0)
+    # with r1 in every 4th of 200 steps 3 of 25 seeds collapse, and which ones a CPU's rounding decides
+    given = config(head_width=16, noise_mean=-2.0, r1_every=2, guard_every=0)
     student = Pixelwise(seed=seed)
     method = LADD(given, student, mixture(), (1, 16, 16), {}, seed)
     noise = torch.randn(4, 1, 64, 64, generator=torch.Generator().manual_seed(1))
     start = student(noise, torch.ones(4).double(), {}).x0.detach()
     assert transport(start, truth(start.numel())) > 2.5 * BOUND
     train = options(
-        max_train_steps=200, train_batch_size=4, learning_rate=5e-3, lr_scheduler="cosine", adam_beta1=0.0, adam_beta2=0.99,
+        max_train_steps=250, train_batch_size=4, learning_rate=5e-3, lr_scheduler="cosine", adam_beta1=0.0, adam_beta2=0.99,
         adam_weight_decay=0.0, checkpointing_steps=10**6, seed=seed,
     )  # fmt: skip
     Trainer(train, tmp_path).fit(method, Pixels())
