@@ -15,13 +15,14 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from kd_step_setting import word_tokenizer
 
 from stepdistill.batch import Batch
 from stepdistill.data.order import indices
 from stepdistill.data.tokens import Row, TokenRows
 from stepdistill.kd.divergences import Divergence
 from stepdistill.kd.gkd import GKD, GKDConfig
-from stepdistill.kd.layouts import END, gpt2_layout
+from stepdistill.kd.layouts import gpt2_layout
 from stepdistill.kd.networks import CausalLM
 from stepdistill.method import Losses, Method
 from stepdistill.networks.lora import StudentConfig
@@ -60,13 +61,8 @@ class Setting:
         return self.vocabulary
 
     def tokenizer(self) -> Any:
-        """One word a token; the models are given ids."""
-        from tokenizers import Tokenizer, models
-        from transformers import PreTrainedTokenizerFast
-
-        words = {str(i): i for i in range(self.vocabulary - 1)} | {END: self.vocabulary - 1}
-        inner = Tokenizer(models.WordLevel(words, unk_token=END))
-        return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=END, pad_token=END, unk_token=END)
+        """Of the vocabulary."""
+        return word_tokenizer(self.vocabulary)
 
     def models(self, tokenizer: Any) -> tuple[Any, Any]:
         """(student, teacher), new ones with the same weights each time."""

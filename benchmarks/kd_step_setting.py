@@ -34,6 +34,16 @@ FULL = StudentConfig(kind="full")
 Shape = tuple[int, int]  # layers and width
 
 
+def word_tokenizer(vocabulary: int) -> Any:
+    """One word a token, the last of them the end of text; for models that are given ids."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {str(i): i for i in range(vocabulary - 1)} | {END: vocabulary - 1}
+    inner = Tokenizer(models.WordLevel(words, unk_token=END))
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=END, pad_token=END, unk_token=END)
+
+
 @dataclass(frozen=True)
 class Setting:
     """Sizes.
@@ -71,13 +81,8 @@ class Setting:
         return max(self.block, self.prompt + self.new)
 
     def tokenizer(self) -> Any:
-        """One word a token; the models are given ids."""
-        from tokenizers import Tokenizer, models
-        from transformers import PreTrainedTokenizerFast
-
-        words = {str(i): i for i in range(self.vocabulary - 1)} | {END: self.vocabulary - 1}
-        inner = Tokenizer(models.WordLevel(words, unk_token=END))
-        return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=END, pad_token=END, unk_token=END)
+        """Of the vocabulary."""
+        return word_tokenizer(self.vocabulary)
 
     def causal(self) -> tuple[CausalLM, CausalLM]:
         """(student, teacher) in GPT-2 layouts."""

@@ -116,7 +116,8 @@ def rotary_layout(layers: int, width: int, tokenizer: Any, window: int, seed: in
     heads = heads or _heads(width)
     if width % (2 * heads):
         raise InputError(
-            f"expected an even number of entries in each of {heads} heads, got a width of {width}; fix the width"
+            f"expected an even number of entries in each of {heads} heads, got a width of {width}; fix "
+            "--teacher.width, or --student.width and --student.heads"
         )
     config = NomicBertConfig(
         vocab_size=len(tokenizer), hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
